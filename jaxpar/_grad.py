@@ -1,0 +1,634 @@
+"""`jp.value_and_grad`: a loss and its gradients, over microbatches too, with one gradient reduction a step.
+
+How gradients are accumulated is the *form*, chosen here and said in the step's notes:
+
+    direct    one microbatch: plain autodiff; the compiler reduces where it computes
+    replica   each replica's gradients are summed apart, by `vmap` over a leading replica dim whose axes the parameters
+              do not have (`spmd_axis_name`), and cross those axes once, outside of every loop (`_reduce`)
+    sharded   only axes that shard the parameters split the batch: the accumulator is sharded, one reduce-scatter a
+              microbatch
+    manual    losses that cannot be mapped (convolutions, ragged_dot) on a mesh of replicas alone: a manual region
+    whole     losses that see the whole batch (batch statistics, dropout without sample ids, `separable=False`), and
+              unmappable ones on other meshes: one reduction a microbatch, in the compiler's hands, with the reason
+"""
+
+import dataclasses
+import logging
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec
+
+from . import _context, _traits, _tree
+from ._context import Region, as_spec, axes_at, drop_axes
+from ._errors import StepError
+from ._planned import gather
+from ._reduce import reduce_once
+from ._types import Axes, PyTree
+from .parallel import DP
+
+logger = logging.getLogger("jaxpar")
+
+Loss = Callable[..., Any]
+
+
+def value_and_grad(
+    loss: Loss,
+    *,
+    accumulate: int = 1,
+    has_aux: bool = False,
+    weight: Callable[[Any], Any] | None = None,
+    separable: bool = True,
+) -> Callable[..., Any]:
+    """A function that gives the mean loss over a batch and its gradients, in place of `nnx.value_and_grad`.
+
+    `loss(model, batch, *rest)`, or `loss(params, batch, *rest)` for a plain pytree, returns one of
+
+    - a scalar mean over the batch, every row of it counting alike, or as much as `weight(batch)` says in total;
+    - `(sum, weight)`: a sum over the batch and what to divide it by, such as the number of tokens that count;
+
+    and with `has_aux` a pair of that and a pytree, which for `accumulate > 1` is of scalars and is averaged by weight.
+
+    Moves: gradients cross each axis that replicates parameters once a call, whatever `accumulate` is, and axes that
+    shard parameters as `FSDP(reduce=...)` says. Memory: with `accumulate`, one microbatch of activations, and one
+    accumulator of the gradients in float32.
+
+    Args:
+        loss: The loss.
+        accumulate: Into how many microbatches to split the batch.
+        has_aux: Whether the loss also returns something that is not differentiated.
+        weight: The weight of a batch, for a loss that returns a weighted mean.
+        separable: Whether the loss is a sum over examples. Contrastive and balance losses are not: they see one whole
+            microbatch, and gradients are reduced once for each.
+
+    Returns:
+        A function `(model, batch, *rest) -> (value, gradients)`, or `((value, aux), gradients)`. Gradients have the
+        type that `nnx.value_and_grad` or `jax.value_and_grad` gives, for the parameters that the plan trains.
+
+    Raises:
+        StepError: The batch does not divide into microbatches; the loss returns none of the above.
+
+    Example:
+        >>> loss = lambda params, x: (jnp.sum((x @ params["w"]) ** 2), x.shape[0])
+        >>> value, grads = jp.value_and_grad(loss, accumulate=2)({"w": jnp.ones((4, 1))}, jnp.ones((6, 4)))
+        >>> float(value), grads["w"].shape
+        (16.0, (4, 1))
+    """
+    if accumulate < 1:
+        raise StepError(
+            f"jp.value_and_grad: accumulate is {accumulate}. Use 1 for none, or the number of microbatches."
+        )
+    if weight is not None and not callable(weight):
+        raise StepError(f"jp.value_and_grad: weight is {weight!r}. Give a function of the batch, or leave it out.")
+
+    def run(model: PyTree, batch: PyTree, *rest: Any) -> Any:
+        found = differentiate(
+            loss, model, batch, rest, accumulate=accumulate, has_aux=has_aux, weight=weight, separable=separable
+        )
+        return ((found.value, found.aux) if has_aux else found.value), found.gradients
+
+    return run
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Differentiated:
+    """A loss over a batch: its mean, its total weight, what else it said, and its gradients."""
+
+    value: Any
+    weight: Any
+    aux: Any
+    gradients: PyTree
+
+
+def differentiate(
+    loss: Loss,
+    model: PyTree,
+    batch: PyTree,
+    rest: tuple[Any, ...] = (),
+    *,
+    accumulate: int,
+    has_aux: bool,
+    weight: Callable[[Any], Any] | None,
+    separable: bool,
+) -> Differentiated:
+    """`value_and_grad` with the total weight of the batch; state that the loss changes is put back into `model`."""
+    subject = _subject(model)
+    job = _Job(loss, subject, accumulate, has_aux, weight, rest)
+    value, total_weight, aux, gradients, state = _differentiate(job, batch, separable)
+    subject.update(state)
+    return Differentiated(value=value, weight=total_weight, aux=aux, gradients=subject.as_gradients(gradients))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Subject:
+    """What is differentiated: its trained parameters by path, its other state, and how to put it together."""
+
+    params: dict[str, jax.Array]
+    state: list[Any]
+    build: Callable[[dict[str, jax.Array], list[Any]], tuple[PyTree, Callable[[], list[Any]]]]
+    update: Callable[[list[Any]], None]
+    as_gradients: Callable[[dict[str, jax.Array]], PyTree]
+
+
+def _subject(model: PyTree) -> _Subject:
+    return _graph_subject(model) if _tree.is_graph(model) else _pytree_subject(model)
+
+
+def _graph_subject(model: PyTree) -> _Subject:
+    from flax import nnx
+
+    region = _context.current()
+    wanted = nnx.Param if region is None else nnx.All(nnx.Param, _trained(region))
+    graphdef, params, others = nnx.split(model, wanted, ...)
+    param_keys = [keys for keys, _ in nnx.to_flat_state(params)]
+    param_leaves = [leaf for _, leaf in nnx.to_flat_state(params)]
+    other_leaves, other_tree = jax.tree.flatten(others)
+    paths = [_tree.path_of(keys) for keys in param_keys]
+
+    def as_state(values: dict[str, jax.Array]) -> Any:
+        leaves = [leaf.replace(values[path]) for path, leaf in zip(paths, param_leaves, strict=True)]
+        return nnx.from_flat_state(list(zip(param_keys, leaves, strict=True)))
+
+    def build(values: dict[str, jax.Array], state: list[Any]) -> tuple[PyTree, Callable[[], list[Any]]]:
+        merged = nnx.merge(graphdef, as_state(values), jax.tree.unflatten(other_tree, state))
+
+        def after() -> list[Any]:
+            new_graphdef, _, new_others = nnx.split(merged, wanted, ...)
+            if new_graphdef != graphdef:
+                raise StepError("the loss adds or removes variables of the model. Make them before the step.")
+            return jax.tree.leaves(new_others)
+
+        return merged, after
+
+    return _Subject(
+        params={path: leaf.get_raw_value() for path, leaf in zip(paths, param_leaves, strict=True)},
+        state=other_leaves,
+        build=build,
+        update=lambda state: nnx.update(model, jax.tree.unflatten(other_tree, state)) if state else None,
+        as_gradients=as_state,
+    )
+
+
+def _trained(region: Region) -> Callable[..., bool]:
+    matcher = region.plan.matcher
+
+    def trained(keys: Any, variable: Any) -> bool:
+        match = matcher.match(_tree.path_of(tuple(keys)), variable.get_raw_value().shape)
+        return match is None or match.record.slot != "frozen"
+
+    return trained
+
+
+def _pytree_subject(params: PyTree) -> _Subject:
+    region = _context.current()
+    flat = _tree.flatten(params)
+
+    def is_trained(path: str, leaf: Any) -> bool:
+        if not jnp.issubdtype(leaf.dtype, jnp.inexact):
+            return False
+        match = None if region is None else region.plan.matcher.match(path, leaf.shape)
+        return match is None or match.record.slot != "frozen"
+
+    trained = {path: leaf for path, leaf in flat.leaves.items() if is_trained(path, leaf)}
+    everything = len(trained) == len(flat.leaves)
+
+    def build(values: dict[str, jax.Array], _: list[Any]) -> tuple[PyTree, Callable[[], list[Any]]]:
+        return gather(flat.build({**flat.leaves, **values})), list
+
+    def as_gradients(gradients: dict[str, jax.Array]) -> PyTree:
+        frozen = (
+            {}
+            if everything
+            else {path: jnp.zeros_like(leaf) for path, leaf in flat.leaves.items() if path not in trained}
+        )
+        return flat.build({**frozen, **gradients})
+
+    return _Subject(params=trained, state=[], build=build, update=lambda state: None, as_gradients=as_gradients)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Job:
+    """A loss ready to be differentiated."""
+
+    loss: Loss
+    subject: _Subject
+    accumulate: int
+    has_aux: bool
+    weight: Callable[[Any], Any] | None
+    rest: tuple[Any, ...]
+
+    def run(self, params: dict[str, jax.Array], state: list[Any], batch: PyTree) -> tuple[Any, Any, Any, list[Any]]:
+        """`(sum, weight, aux, state after)` over one microbatch; the weight is `None` for a plain mean of all rows."""
+        model, after = self.subject.build(params, state)
+        out = self.loss(model, batch, *self.rest)
+        aux = None
+        if self.has_aux:
+            if not isinstance(out, tuple) or len(out) != 2:
+                raise StepError(
+                    f"has_aux: the loss returned {_shown(out)}, not a pair of the loss and what else it says."
+                )
+            out, aux = out
+        if isinstance(out, tuple):
+            if len(out) != 2 or any(jnp.ndim(each) for each in out):
+                raise StepError(
+                    f"the loss returned {_shown(out)}. Return a scalar mean or (sum, weight), two scalars; what else "
+                    f"it "
+                    "says goes second in a pair, with has_aux=True."
+                )
+            if self.weight is not None:
+                raise StepError("weight= has no effect on a loss that returns (sum, weight). Leave it out.")
+            total, weight = out
+            return total, jax.lax.stop_gradient(jnp.asarray(weight, jnp.float32)), aux, after()
+        if jnp.ndim(out):
+            raise StepError(
+                f"the loss returned {_shown(out)}. Return a scalar: a mean over the batch, or (sum, weight)."
+            )
+        if self.weight is None:
+            return out, None, aux, after()
+        weight = jax.lax.stop_gradient(jnp.asarray(self.weight(batch), jnp.float32))
+        return out * weight.astype(out.dtype), weight, aux, after()
+
+    def gradients_of_mean(
+        self, params: Any, state: Any, batch: Any
+    ) -> tuple[Any, Any, Any, dict[str, jax.Array], list[Any]]:
+        """`(mean, weight, aux, gradients, state after)` of one whole batch."""
+
+        def mean(params: dict[str, jax.Array]) -> Any:
+            total, weight, aux, after = self.run(params, state, batch)
+            value = total if weight is None else total / jnp.maximum(weight, _TINY).astype(total.dtype)
+            return value, (jnp.float32(_rows(batch)) if weight is None else weight, aux, after)
+
+        (value, (weight, aux, after)), gradients = jax.value_and_grad(mean, has_aux=True)(params)
+        return value, weight, aux, gradients, after
+
+    def gradients_of_sum(
+        self, params: Any, state: Any, batch: Any
+    ) -> tuple[Any, Any, Any, dict[str, jax.Array], list[Any]]:
+        """`(sum, weight, weighted aux, gradients of the sum, state after)` of one microbatch."""
+        rows = _rows(batch)
+
+        def weighted(params: dict[str, jax.Array]) -> Any:
+            total, weight, aux, after = self.run(params, state, batch)
+            if weight is None:
+                total, weight = total * rows, jnp.float32(rows)
+            _check_aux(aux)
+            scaled = jax.tree.map(lambda each: jnp.asarray(each, jnp.float32) * weight, aux)
+            return total, (total.astype(_wide(total.dtype)), weight, scaled, after)
+
+        (_, (total, weight, aux, after)), gradients = jax.value_and_grad(weighted, has_aux=True)(params)
+        return total, weight, aux, gradients, after
+
+
+_TINY = 1e-30  # a batch that counts for nothing gives 0, not NaN
+
+
+@dataclasses.dataclass(frozen=True)
+class _Form:
+    name: str
+    replicas: Axes
+    why: str
+
+
+def _differentiate(job: _Job, batch: PyTree, separable: bool) -> tuple[Any, Any, Any, dict[str, jax.Array], list[Any]]:
+    region = _context.current()
+    _check_rows(batch, job.accumulate)
+    form = _form(job, batch, region, separable)
+    if region is not None and form.name != "direct":
+        region.plan.trace_notes.append(f"accumulation over {job.accumulate} microbatches: {form.name}, {form.why}")
+    if form.name == "direct":
+        return job.gradients_of_mean(job.subject.params, job.subject.state, batch)
+    if region is None or form.name == "whole":
+        if region is not None and job.accumulate > 1 and region.plan.num_batch_shards > 1:
+            logger.warning("gradients are reduced %d times a step: %s.", job.accumulate, form.why)
+        total, weight, aux, gradients, state = _scan(job, _contiguous(batch, job.accumulate, region), region)
+    elif form.name == "sharded":
+        total, weight, aux, gradients, state = _scan(job, _interleaved(batch, job, (), region), region)
+    elif form.name == "manual":
+        total, weight, aux, gradients, state = _manual(job, batch, form.replicas, region)
+    else:
+        total, weight, aux, gradients, state = _replicated(job, batch, form.replicas, region)
+    divisor = jnp.maximum(weight, _TINY)
+    params = job.subject.params
+    mean = {
+        path: (gradient / divisor.astype(gradient.dtype)).astype(params[path].dtype)
+        for path, gradient in gradients.items()
+    }
+    return total / divisor.astype(total.dtype), weight, jax.tree.map(lambda each: each / divisor, aux), mean, state
+
+
+def _form(job: _Job, batch: PyTree, region: Region | None, separable: bool) -> _Form:
+    """The form of accumulation for this loss on this mesh, and why."""
+    if region is None or region.replicas:
+        return _Form("direct" if job.accumulate == 1 else "whole", (), "no plan")
+    plan = region.plan
+    strategy = plan.strategy(DP)
+    hook = strategy is not None and (strategy.reduce is not None or strategy.reduce_dtype is not None)
+    mixed = plan.precision.reduce is not None and plan.precision.reduce != plan.precision.compute
+    replicas = plan.replicas
+    wanted = bool(replicas) and (job.accumulate > 1 or hook or mixed)
+    if not wanted:
+        if job.accumulate == 1:
+            return _Form("direct", (), "")
+        if not separable:
+            return _Form("whole", (), "the loss says it is not separable")
+    traits = _traits_of(job, batch)
+    reasons = [
+        (not separable, "the loss says it is not separable"),
+        (traits.changes_state, "the loss changes the model's state (batch statistics, or nnx random-number counters)"),
+        (traits.repeats_random, "it draws random numbers that do not depend on the sample (jp.dropout with ids does)"),
+    ]
+    blocked = [why for applies, why in reasons if applies]
+    if blocked:
+        return _refuse_hook(hook, job, blocked[0])
+    if not replicas:
+        return _Form("sharded", (), f"one reduce-scatter a microbatch over {'+'.join(plan.shards) or 'no axis'}")
+    if traits.unmappable is None:
+        return _Form("replica", replicas, f"one reduction a step over {'+'.join(replicas)}")
+    others = [axis for axis, size in plan.axes.items() if size > 1 and axis not in replicas]
+    if others:
+        why = f"{traits.unmappable} cannot be mapped over replicas beside axis {others[0]!r}"
+        return _refuse_hook(hook, job, why)
+    return _Form(
+        "manual", replicas, f"one reduction a step over {'+'.join(replicas)}; {traits.unmappable} cannot be mapped"
+    )
+
+
+def _refuse_hook(hook: bool, job: _Job, why: str) -> _Form:
+    if hook:
+        raise StepError(
+            f"DP(reduce=..., reduce_dtype=...) needs gradients that are apart on each replica, but {why}. Leave them "
+            f"out."
+        )
+    return _Form("direct" if job.accumulate == 1 else "whole", (), why)
+
+
+def _traits_of(job: _Job, batch: PyTree) -> _traits.Traits:
+    params, state = job.subject.params, job.subject.state
+    leaves, treedef = jax.tree.flatten(batch)
+    rows = _rows(batch)
+    micro = [
+        jax.ShapeDtypeStruct((rows // job.accumulate, *jnp.shape(leaf)[1:]) if jnp.ndim(leaf) else (), leaf.dtype)
+        for leaf in leaves
+    ]
+
+    def flat(params: Any, leaves: list[Any], state: list[Any]) -> Any:
+        total, weight, aux, after = job.run(params, state, jax.tree.unflatten(treedef, leaves))
+        return (total, weight, aux), after
+
+    closed = jax.make_jaxpr(flat)(_shapes(params), micro, _shapes(state))
+    return _traits.traits_of(closed, len(params), len(leaves), len(state), len(params) + len(leaves))
+
+
+def _shapes(tree: PyTree) -> PyTree:
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree)
+
+
+def _scan(job: _Job, batches: PyTree, region: Region | None) -> Any:
+    """Accumulate over microbatches, each seen by the whole mesh."""
+    params, state = job.subject.params, job.subject.state
+
+    def body(carry: Any, index: jax.Array) -> Any:
+        sums, gradients, state = carry
+        batch = _pick(batches, index)
+        total, weight, aux, more, state = job.gradients_of_sum(params, state, batch)
+        sums = jax.tree.map(jnp.add, sums, (total, weight, aux))
+        gradients = {path: gradients[path] + more[path].astype(gradients[path].dtype) for path in gradients}
+        return (sums, _pinned(gradients, region), state), None
+
+    sums = _zero_sums(job, batches)
+    zeros = {path: jnp.zeros(leaf.shape, _wide(leaf.dtype)) for path, leaf in params.items()}
+    (sums, gradients, state), _ = jax.lax.scan(
+        body, (sums, _pinned(zeros, region), state), jnp.arange(job.accumulate), length=job.accumulate
+    )
+    return (*sums, gradients, state)
+
+
+def _replicated(job: _Job, batch: PyTree, replicas: Axes, region: Region) -> Any:
+    """Accumulate on each replica apart, then reduce once."""
+    plan = region.plan
+    count = math.prod(plan.axes[axis] for axis in replicas)
+    batches = _interleaved(batch, job, replicas, region)
+    params = job.subject.params
+    inside = Region(plan=plan, replicas=replicas)
+    targets = {path: _gradient_spec(plan, path, leaf) for path, leaf in params.items()}
+    inner = {path: as_spec([replicas, *map(axes_at, drop_axes(spec, replicas))]) for path, spec in targets.items()}
+
+    def pin(gradients: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        return {
+            path: jax.lax.with_sharding_constraint(gradient, plan.sharding(inner[path]))
+            for path, gradient in gradients.items()
+        }
+
+    def one(params: Any, batch: Any) -> Any:
+        with _context.entered(inside):
+            total, weight, aux, gradients, _ = job.gradients_of_sum(params, job.subject.state, batch)
+        return (total, weight, aux), gradients
+
+    in_axes = (None, jax.tree.map(lambda leaf: 0 if jnp.ndim(leaf) > 1 else None, batches))
+    mapped = jax.vmap(one, in_axes=in_axes, axis_size=count, spmd_axis_name=replicas)
+
+    def body(carry: Any, index: jax.Array) -> Any:
+        sums, gradients = carry
+        more_sums, more = mapped(params, _pick(batches, index))
+        gradients = {path: gradients[path] + more[path].astype(gradients[path].dtype) for path in gradients}
+        return (jax.tree.map(jnp.add, sums, more_sums), pin(gradients)), None
+
+    sums = jax.tree.map(lambda leaf: jnp.zeros((count,), leaf.dtype), _zero_sums(job, batches, replica=True))
+    zeros = {path: jnp.zeros((count, *leaf.shape), _wide(leaf.dtype)) for path, leaf in params.items()}
+    carry = (sums, pin(zeros))
+    if job.accumulate == 1:
+        (sums, gradients), _ = body(carry, jnp.int32(0))
+    else:
+        (sums, gradients), _ = jax.lax.scan(body, carry, jnp.arange(job.accumulate), length=job.accumulate)
+    strategy = plan.strategy(DP)
+    dtype = plan.precision.reduce if strategy is None or strategy.reduce_dtype is None else strategy.reduce_dtype
+    gradients, sums = reduce_once(
+        gradients,
+        targets,
+        sums,
+        replicas=replicas,
+        plan=plan,
+        hook=None if strategy is None else strategy.reduce,
+        dtype=dtype,
+    )
+    return (*sums, gradients, job.subject.state)
+
+
+def _manual(job: _Job, batch: PyTree, replicas: Axes, region: Region) -> Any:
+    """Accumulate on each device of a mesh that only replicates, in a manual region, then reduce once."""
+    plan = region.plan
+    batches = _interleaved(batch, job, replicas, region)
+    params = job.subject.params
+    specs = jax.tree.map(lambda leaf: PartitionSpec(None, replicas) if jnp.ndim(leaf) > 1 else PartitionSpec(), batches)
+    zeros = {path: jnp.zeros(leaf.shape, _wide(leaf.dtype)) for path, leaf in params.items()}
+    sums = _zero_sums(job, batches, replica=True)
+
+    def body(params: Any, batches: Any, zeros: Any, sums: Any) -> Any:
+        vary = lambda tree: jax.tree.map(lambda leaf: jax.lax.pcast(leaf, replicas, to="varying"), tree)
+        params, zeros, sums = vary(params), vary(zeros), vary(sums)
+        batches = jax.tree.map(lambda leaf: leaf[:, 0] if leaf.ndim > 1 else leaf, batches)
+
+        def micro(carry: Any, index: jax.Array) -> Any:
+            sums, gradients = carry
+            with _context.entered(None):
+                more = job.gradients_of_sum(params, job.subject.state, _pick(batches, index))
+            gradients = {path: gradients[path] + more[3][path].astype(gradients[path].dtype) for path in gradients}
+            return (jax.tree.map(jnp.add, sums, more[:3]), gradients), None
+
+        (sums, gradients), _ = jax.lax.scan(micro, (sums, zeros), jnp.arange(job.accumulate), length=job.accumulate)
+        return jax.tree.map(lambda leaf: leaf[None], (sums, gradients))
+
+    sums, gradients = jax.shard_map(
+        body,
+        mesh=plan.mesh,
+        in_specs=(PartitionSpec(), specs, PartitionSpec(), PartitionSpec()),
+        out_specs=PartitionSpec(replicas),
+    )(params, batches, zeros, sums)
+    strategy = plan.strategy(DP)
+    targets = {path: _gradient_spec(plan, path, leaf) for path, leaf in params.items()}
+    gradients, sums = reduce_once(
+        gradients,
+        targets,
+        sums,
+        replicas=replicas,
+        plan=plan,
+        hook=None if strategy is None else strategy.reduce,
+        dtype=None if strategy is None else strategy.reduce_dtype,
+    )
+    return (*sums, gradients, job.subject.state)
+
+
+def _gradient_spec(plan: Any, path: str, leaf: Any) -> PartitionSpec:
+    match = plan.matcher.match(path, leaf.shape)
+    return PartitionSpec() if match is None else match.record.gradient
+
+
+def _pinned(gradients: dict[str, jax.Array], region: Region | None) -> dict[str, jax.Array]:
+    if region is None or region.replicas:
+        return gradients
+    plan = region.plan
+    return {
+        path: jax.lax.with_sharding_constraint(gradient, plan.sharding(_gradient_spec(plan, path, gradient)))
+        for path, gradient in gradients.items()
+    }
+
+
+def _zero_sums(job: _Job, batches: PyTree, *, replica: bool = False) -> Any:
+    """Zeros for a microbatch's `(sum, weight, aux)`."""
+
+    def one(batches: Any) -> Any:
+        batch = _pick(batches, 0)
+        if replica:
+            batch = jax.tree.map(lambda leaf: leaf[0] if leaf.ndim else leaf, batch)
+        with _context.entered(None):
+            return job.gradients_of_sum(job.subject.params, job.subject.state, batch)[:3]
+
+    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(one, _shapes(batches)))
+
+
+def _contiguous(batch: PyTree, accumulate: int, region: Region | None) -> PyTree:
+    """`[accumulate, rows, ...]`: microbatches as one device would take them, in order."""
+
+    def one(leaf: jax.Array) -> jax.Array:
+        if not jnp.ndim(leaf):
+            return leaf
+        split = leaf.reshape(accumulate, leaf.shape[0] // accumulate, *leaf.shape[1:])
+        if region is None or split.shape[1] % region.plan.num_batch_shards:
+            return split
+        return jax.lax.with_sharding_constraint(
+            split, region.plan.sharding(PartitionSpec(None, region.batch_axes or None))
+        )
+
+    return jax.tree.map(one, batch)
+
+
+def _interleaved(batch: PyTree, job: _Job, replicas: Axes, region: Region) -> PyTree:
+    """`[accumulate, replicas, rows, ...]`, every device splitting its own rows; without replicas, less that dim.
+
+    device        rows of the batch       microbatches, accumulate = 2
+    data 0 fsdp 0   0 1 2 3               [0 1] [2 3]
+    data 0 fsdp 1   4 5 6 7               [4 5] [6 7]
+    data 1 fsdp 0   8 9 10 11             [8 9] [10 11]
+    ...             so microbatch 0 of replica data 0 is rows 0 1 4 5; no row moves between devices.
+    """
+    plan = region.plan
+    axes = plan.batch_axes
+    sizes = [plan.axes[axis] for axis in axes]
+    rows, parts = _rows(batch), math.prod(sizes)
+    if rows % (parts * job.accumulate):
+        unit = parts * job.accumulate
+        below = rows // unit * unit
+        raise StepError(
+            f"a batch of {rows} rows does not divide into {job.accumulate} microbatches over {parts} devices "
+            f"({' x '.join(f'{axis} {plan.axes[axis]}' for axis in axes)}). Use a batch of "
+            f"{f'{below} or ' if below else ''}{below + unit}, or another accumulate."
+        )
+    outer = [index for index, axis in enumerate(axes) if axis in replicas]
+    inner = [index for index, axis in enumerate(axes) if axis not in replicas]
+    count = math.prod(sizes[index] for index in outer)
+    own = rows // parts // job.accumulate
+
+    def one(leaf: jax.Array) -> jax.Array:
+        if not jnp.ndim(leaf):
+            return leaf
+        tail = tuple(range(len(sizes) + 2, len(sizes) + 1 + leaf.ndim))
+        split = leaf.reshape(*sizes, job.accumulate, own, *leaf.shape[1:])
+        order = (len(sizes), *outer, *inner, len(sizes) + 1, *tail)
+        split = split.transpose(order)
+        lead = (job.accumulate, count) if replicas else (job.accumulate,)
+        split = split.reshape(*lead, rows // job.accumulate // count, *leaf.shape[1:])
+        entries = [(), tuple(axes[index] for index in outer)] if replicas else [()]
+        spec = as_spec([*entries, tuple(axes[index] for index in inner)])
+        return jax.lax.with_sharding_constraint(split, plan.sharding(spec))
+
+    return jax.tree.map(one, batch)
+
+
+def _pick(batches: PyTree, index: Any) -> PyTree:
+    """One microbatch."""
+    return jax.tree.map(lambda leaf: leaf[index] if jnp.ndim(leaf) else leaf, batches)
+
+
+def _rows(batch: PyTree) -> int:
+    return next((int(np.shape(leaf)[0]) for leaf in jax.tree.leaves(batch) if np.ndim(leaf)), 1)
+
+
+def _check_rows(batch: PyTree, accumulate: int) -> None:
+    rows = {path: np.shape(leaf)[0] for path, leaf in _tree.leaves(batch).items() if np.ndim(leaf)}
+    if accumulate > 1 and not rows:
+        raise StepError("accumulate needs a batch of arrays with a leading dim to split; this one has none.")
+    if accumulate > 1 and len(set(rows.values())) > 1:
+        raise StepError(
+            f"the arrays of a batch have different leading sizes: {rows}. Give each the batch as first dim."
+        )
+    wrong = {path: number for path, number in rows.items() if number % accumulate}
+    if wrong:
+        path, number = next(iter(wrong.items()))
+        below = number // accumulate * accumulate
+        raise StepError(
+            f"{path or 'batch'}: {number} rows do not divide into accumulate={accumulate} microbatches. Use a batch of "
+            f"{f'{below} or ' if below else ''}{below + accumulate}, or another accumulate."
+        )
+
+
+def _check_aux(aux: Any) -> None:
+    wrong = [path for path, leaf in _tree.leaves(aux).items() if np.ndim(leaf)]
+    if wrong:
+        raise StepError(
+            f"aux {wrong[0] or 'value'} is not a scalar, and only scalars can be averaged over microbatches. Return "
+            "scalars, or use accumulate=1."
+        )
+
+
+def _wide(dtype: Any) -> Any:
+    """The dtype of an accumulator: at least float32."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+def _shown(out: Any) -> str:
+    shapes = jax.tree.map(lambda leaf: f"{getattr(leaf, 'dtype', type(leaf).__name__)}{list(jnp.shape(leaf))}", out)
+    return str(shapes)

@@ -1,0 +1,136 @@
+"""Which devices a collective joins, and which axes of a mesh that is.
+
+Replica groups come in three notations, none of which names the mesh's own axes reliably: `{{0,1},{2,3}}`,
+`[4,2]<=[2,4]T(1,0)`, and `mesh['axis_0'=2,'axis_1'=4], device_ids=([4,2]T(1,0)) {'axis_1'}`. All three number devices
+by their position in the mesh, row-major; from that the axes follow.
+"""
+
+import dataclasses
+import functools as ft
+import re
+from typing import Any
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeshAxes:
+    """The axes of a mesh, outermost first, as the text needs them.
+
+    Replica groups name devices by their position in the mesh, row-major, not by device id; so no ids are needed.
+
+    Attributes:
+        names: Axis names.
+        sizes: Their sizes.
+        slices: The slice of each position, where there are several: XLA:TPU then writes one program a slice.
+    """
+
+    names: tuple[str, ...]
+    sizes: tuple[int, ...]
+    slices: tuple[int, ...] = ()
+
+    @property
+    def size(self) -> int:
+        """Number of devices."""
+        return int(np.prod(self.sizes, dtype=np.int64))
+
+
+def mesh_axes(mesh: Any) -> MeshAxes:
+    """The `MeshAxes` of a `jax.sharding.Mesh`, or of anything with `axis_names` and `axis_sizes`."""
+    devices = getattr(mesh, "devices", None)
+    flat = [] if devices is None else list(np.asarray(devices).flat)
+    slices = tuple(getattr(device, "slice_index", None) or 0 for device in flat)
+    several = len(set(slices)) > 1
+    return MeshAxes(names=tuple(mesh.axis_names), sizes=tuple(mesh.axis_sizes), slices=slices if several else ())
+
+
+def groups_of(attributes: str, num_devices: int) -> np.ndarray | None:
+    """The replica groups written in an operation's attributes, `(groups, members)`; `None` if they cannot be read.
+
+    Three notations: `{{0,1},{2,3}}`; `[4,2]<=[2,4]T(1,0)`; and `mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'b'}`
+    with named (or anonymous) axes, of which `'b':(2)2` is a part. `{}` is every device.
+    """
+    if "replica_groups=" not in attributes:
+        return np.arange(num_devices)[None]
+    start = attributes.index("replica_groups=")
+    return _groups(attributes[start:].partition(", metadata=")[0], num_devices)
+
+
+def pairs_of(attributes: str) -> np.ndarray:
+    """The `(source, target)` pairs of a permute, `(pairs, 2)`."""
+    start = attributes.find("source_target_pairs={")
+    if start < 0:
+        return np.zeros((0, 2), dtype=np.int64)
+    end = attributes.find("}}", start)
+    return np.asarray(_PAIR.findall(attributes[start : end + 2]), dtype=np.int64).reshape(-1, 2)
+
+
+def axes_of(groups: np.ndarray, mesh: MeshAxes) -> tuple[str, ...]:
+    """The axes whose product each group is, in mesh order; `()` for groups of one, `("?",)` for no such product."""
+    if groups.shape[1] == 1:
+        return ()
+    if groups.max() >= mesh.size:
+        return ("?",)
+    found, members = [], 1
+    for name, size, coordinates in zip(mesh.names, mesh.sizes, np.unravel_index(groups, mesh.sizes), strict=True):
+        rows = np.sort(coordinates, axis=1)
+        distinct = 1 + (rows[:, 1:] != rows[:, :-1]).sum(axis=1)
+        if (distinct != distinct[0]).any():
+            return ("?",)
+        if distinct[0] > 1:
+            members *= int(distinct[0])
+            found.append(name if distinct[0] == size else f"{name}[{distinct[0]}/{size}]")
+    return tuple(found) if members == groups.shape[1] else ("?",)
+
+
+_EXPLICIT = re.compile(r"replica_groups=\{((?:\{[\d,\s]*\},?\s*)*)\}")
+_IOTA = re.compile(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
+_MESH = re.compile(
+    r"replica_groups=@?mesh\[([^\]]*)\](?:,\s*device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))?\s*\{([^}]*)\}"
+)
+_PAIR = re.compile(r"\{(\d+),\s*(\d+)\}")
+
+
+@ft.lru_cache(maxsize=4096)
+def _groups(written: str, num_devices: int) -> np.ndarray | None:
+    try:
+        if found := _IOTA.match(written):
+            shape, source, order = (_ints(part) for part in found.groups())
+            devices = np.arange(np.prod(source)).reshape(source)
+            return (devices.transpose(order) if order else devices).reshape(shape[0], -1)
+        if found := _MESH.match(written):
+            return _mesh_groups(*found.groups())
+        if found := _EXPLICIT.match(written):
+            rows = [_ints(row) for row in re.findall(r"\{([\d,\s]*)\}", found.group(1))]
+            return np.asarray(rows, dtype=np.int64) if rows else np.arange(num_devices)[None]
+    except (ValueError, IndexError, TypeError):  # sizes that do not fit together, ragged groups
+        return None
+    return None
+
+
+def _mesh_groups(axes: str, source: str | None, order: str | None, chosen: str) -> np.ndarray:
+    named = re.findall(r"['\"]?([\w.\-]+)['\"]?\s*=\s*(\d+)", axes)
+    sizes = {name: int(size) for name, size in named}
+    devices = np.arange(np.prod([*sizes.values()], dtype=np.int64))
+    if source:
+        devices = devices.reshape(_ints(source))
+        devices = devices.transpose(_ints(order)) if order else devices
+    dims: list[tuple[str, int, int]] = [(name, 0, size) for name, size in sizes.items()]
+    wanted: list[tuple[str, int]] = []
+    for name, before, size in re.findall(r"['\"]([^'\"]+)['\"](?::\((\d+)\)(\d+))?", chosen):
+        if name not in sizes:
+            raise ValueError(name)
+        if size:  # the part of an axis that follows `before` and has `size` devices
+            after = sizes[name] // (int(before) * int(size))
+            at = dims.index((name, 0, sizes[name]))
+            dims[at : at + 1] = [(name, 0, int(before)), (name, int(before), int(size)), (name, -1, after)]
+        wanted.append((name, int(before) if size else 0))
+    devices = devices.reshape([size for _, _, size in dims])
+    inside = [next(at for at, dim in enumerate(dims) if dim[:2] == want) for want in wanted]
+    outside = [at for at in range(len(dims)) if at not in inside]
+    members = int(np.prod([dims[at][2] for at in inside], dtype=np.int64))
+    return devices.transpose(outside + inside).reshape(-1, members)
+
+
+def _ints(written: str | None) -> list[int]:
+    return [int(part) for part in (written or "").split(",") if part.strip()]

@@ -1,0 +1,383 @@
+"""A plan: where every leaf of a program lives on a mesh, why, and what moves each step. Pure data.
+
+It holds no array, no device and no function, costs no memory for a model of any size, prints as a table, goes to JSON
+and back, and says how it differs from another.
+"""
+
+import dataclasses
+import json
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec
+
+from . import _plan_text
+from ._context import as_spec, axes_at
+from ._errors import ShardingError, nearest
+from ._types import AnyMesh, Axes
+
+FORMAT = 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Move:
+    """One kind of transfer that a leaf causes in a step.
+
+    Attributes:
+        what: `"weight"`, `"gradient"`, `"update"` or `"activation"`.
+        kind: `"all-gather"`, `"reduce-scatter"` or `"all-reduce"`.
+        axes: The mesh axes it crosses.
+        bytes: What one device holds of it when whole: the result of a gather, the operand of a reduction. For an
+            activation, per token.
+        times: How often a step (a microbatch's step, with accumulation in the loop) does it.
+        when: In words.
+    """
+
+    what: str
+    kind: str
+    axes: Axes
+    bytes: int
+    times: int
+    when: str
+
+    @property
+    def per_token(self) -> bool:
+        """Whether `bytes` are per token, as for activations."""
+        return self.what == "activation"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Record:
+    """What a plan says of one leaf.
+
+    Attributes:
+        path: Where it lives.
+        shape: Global shape.
+        dtype: As stored.
+        slot: `"parameter"`, `"frozen"`, `"model_state"`, `"rng"` or `"data"`.
+        storage: Its spec between steps.
+        compute: Its spec where the model reads it.
+        gradient: The spec of its gradient.
+        slots: The spec of its optimiser state.
+        compute_dtype: The dtype in which the model reads it.
+        layers: 1 if its first dim stacks equal blocks that a scan runs one by one, else 0.
+        remat: Whether those blocks are computed again in the backward pass.
+        memory_kind: Where its pieces lie: `"device"`.
+        reasons: `(strategy, what it did and why)`.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    slot: str = "parameter"
+    storage: PartitionSpec = PartitionSpec()
+    compute: PartitionSpec = PartitionSpec()
+    gradient: PartitionSpec = PartitionSpec()
+    slots: PartitionSpec = PartitionSpec()
+    compute_dtype: Any = None
+    layers: int = 0
+    remat: bool = False
+    memory_kind: str = "device"
+    reasons: tuple[tuple[str, str], ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.compute_dtype is None:
+            object.__setattr__(self, "compute_dtype", self.dtype)
+
+    @property
+    def num_elements(self) -> int:
+        """Elements of the whole leaf."""
+        return math.prod(self.shape)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the whole leaf as stored."""
+        return self.num_elements * self.dtype.itemsize
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Totals:
+    """Bytes per device: the largest share any device holds."""
+
+    parameters: int
+    gradients: int
+    optimizer: int | None
+    other: int
+    num_parameters: int
+    num_trainable: int
+
+    @property
+    def total(self) -> int:
+        """All of them; without an optimiser's state if the plan was given none."""
+        return self.parameters + self.gradients + (self.optimizer or 0) + self.other
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan:
+    """The specs of a whole program, with the moves they imply.
+
+    Made by `jp.plan`, which returns one that can also `init`, `jit` and `batch`. Compared by what it says.
+
+    Attributes:
+        axes: Size of each mesh axis, outermost first.
+        records: What it says of each leaf, by path.
+        optimizer_records: The same for each leaf of the optimiser's state, if an optimiser was given.
+        dims: The mesh axes of each logical dim of activations.
+        replicas: Axes over which gradients are summed once a step.
+        shards: Axes over which gradients are reduce-scattered, once a microbatch.
+        strategies: What was asked for, as text.
+        inactive: Strategies with nothing to do on this mesh, and why.
+        notes: What a reader should know.
+        hardware: The hardware, in words.
+
+    Example:
+        >>> plan = jp.plan(lambda: {"w": jnp.ones((64, 64))}, jp.mesh(fsdp=-1), [jp.FSDP()])
+        >>> plan.totals().parameters  # bytes per device, of 16,384
+        2048
+        >>> jp.Plan.from_json(plan.to_json()).diff(plan)
+        []
+    """
+
+    axes: dict[str, int]
+    records: dict[str, Record]
+    optimizer_records: dict[str, Record] | None = None
+    dims: dict[str, Axes] = dataclasses.field(default_factory=dict)
+    replicas: Axes = ()
+    shards: Axes = ()
+    strategies: tuple[str, ...] = ()
+    inactive: tuple[tuple[str, str], ...] = ()
+    notes: tuple[str, ...] = ()
+    hardware: str = ""
+
+    @property
+    def num_devices(self) -> int:
+        """Devices of the mesh."""
+        return math.prod(self.axes.values())
+
+    @property
+    def batch_axes(self) -> Axes:
+        """The axes that split the batch."""
+        return self.dims.get("batch", ())
+
+    @property
+    def parameters(self) -> Iterator[Record]:
+        """Records of parameters, frozen ones too."""
+        return (record for record in self.records.values() if record.slot in ("parameter", "frozen"))
+
+    def local_shape(self, shape: tuple[int, ...], spec: PartitionSpec) -> tuple[int, ...]:
+        """The shape of one device's piece."""
+        counts = [math.prod(self.axes[axis] for axis in axes_at(entry)) for entry in spec]
+        return tuple(
+            -(-size // count) for size, count in zip(shape, counts + [1] * (len(shape) - len(counts)), strict=True)
+        )
+
+    def local_bytes(self, record: Record) -> int:
+        """Bytes of one device's piece as stored."""
+        return math.prod(self.local_shape(record.shape, record.storage)) * record.dtype.itemsize
+
+    def totals(self) -> Totals:
+        """Bytes per device for parameters, gradients and optimiser state."""
+        parameters = list(self.parameters)
+        trained = [record for record in parameters if record.slot == "parameter"]
+        gradients = sum(
+            math.prod(self.local_shape(record.shape, record.gradient)) * record.dtype.itemsize for record in trained
+        )
+        slots = self.optimizer_records
+        return Totals(
+            parameters=sum(map(self.local_bytes, parameters)),
+            gradients=gradients,
+            optimizer=None if slots is None else sum(map(self.local_bytes, slots.values())),
+            other=sum(map(self.local_bytes, self.records.values())) - sum(map(self.local_bytes, parameters)),
+            num_parameters=sum(record.num_elements for record in parameters),
+            num_trainable=sum(record.num_elements for record in trained),
+        )
+
+    def moves(self, record: Record) -> tuple[Move, ...]:
+        """What the leaf of `record` moves in one step without accumulation."""
+        return tuple(_moves(self, record))
+
+    def find(self, path: str) -> Record:
+        """The record of `path`.
+
+        Raises:
+            ShardingError: There is none; names the nearest.
+        """
+        if path not in self.records:
+            raise ShardingError(
+                f"{path}: the plan has no such leaf.{nearest(path, self.records)} See plan.records for its "
+                f"{len(self.records)} paths."
+            )
+        return self.records[path]
+
+    def follow(self, path: str) -> "_plan_text.Life":
+        """One leaf's life in a step: stored, gathered, used, reduced, updated, with bytes and times.
+
+        Raises:
+            ShardingError: The plan has no such leaf.
+        """
+        return _plan_text.follow(self, self.find(path))
+
+    def table(self) -> str:
+        """The plan as text: a row a leaf, equal layers folded, and totals."""
+        return _plan_text.table(self)
+
+    def __str__(self) -> str:
+        return self.table()
+
+    def _repr_mimebundle_(self, **_: Any) -> dict[str, str]:
+        return {"text/plain": self.table()}
+
+    def diff(self, other: "Plan") -> list[str]:
+        """What `other` says otherwise, a line each; `[]` if nothing."""
+        lines = []
+        for field in ("axes", "dims", "replicas", "shards", "strategies"):
+            mine, theirs = getattr(self, field), getattr(other, field)
+            if mine != theirs:
+                lines.append(f"{field}: {mine} | {theirs}")
+        lines += _diff_records(self.records, other.records)
+        lines += _diff_records(self.optimizer_records or {}, other.optimizer_records or {})
+        return lines
+
+    def to_json(self) -> str:
+        """The plan as JSON, for `Plan.from_json`."""
+        fields: dict[str, Any] = {"format": FORMAT}
+        for field in dataclasses.fields(Plan):
+            value = getattr(self, field.name)
+            if field.name in ("records", "optimizer_records"):
+                value = None if value is None else [_record_to_json(record) for record in value.values()]
+            fields[field.name] = value
+        return json.dumps(fields, indent=1)
+
+    @staticmethod
+    def from_json(text: str) -> "Plan":
+        """The plan that `to_json` wrote.
+
+        Raises:
+            ShardingError: The text is not such a plan.
+        """
+        try:
+            fields = json.loads(text)
+            version = fields.pop("format")
+            if version != FORMAT:
+                raise ShardingError(
+                    f"this plan has format {version}, and this version of jaxpar reads {FORMAT}. Plan again."
+                )
+            for name in ("records", "optimizer_records"):
+                if fields[name] is not None:
+                    fields[name] = {record["path"]: _record_from_json(record) for record in fields[name]}
+            fields["dims"] = {dim: tuple(axes) for dim, axes in fields["dims"].items()}
+            for name in ("replicas", "shards", "strategies", "notes"):
+                fields[name] = tuple(fields[name])
+            fields["inactive"] = tuple(tuple(pair) for pair in fields["inactive"])
+            return Plan(**fields)
+        except ShardingError:
+            raise
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ShardingError(f"this is not the JSON of a plan ({error!r}). Write it with plan.to_json().") from error
+
+
+def axis_sizes(mesh: AnyMesh) -> dict[str, int]:
+    """Size of each axis of `mesh`, outermost first."""
+    return {str(axis): int(size) for axis, size in mesh.shape.items()}
+
+
+def _spec_axes(spec: PartitionSpec) -> set[str]:
+    return {axis for entry in spec for axis in axes_at(entry)}
+
+
+def _moves(plan: Plan, record: Record) -> Iterator[Move]:
+    if record.slot not in ("parameter", "frozen"):
+        return
+    layers = record.shape[0] if record.layers else 1
+    each = record.shape[record.layers :]
+
+    def piece(spec: PartitionSpec, itemsize: int) -> int:
+        return math.prod(plan.local_shape(each, PartitionSpec(*tuple(spec)[record.layers :]))) * itemsize
+
+    gathered = tuple(axis for axis in plan.axes if axis in _spec_axes(record.storage) - _spec_axes(record.compute))
+    where = " of each layer" if record.layers else ""
+    if gathered:
+        size = piece(record.compute, np.dtype(record.compute_dtype).itemsize)
+        yield Move(
+            what="weight", kind="all-gather", axes=gathered, bytes=size, times=layers, when=f"forward pass{where}"
+        )
+        if record.remat and record.slot == "parameter":
+            yield Move(
+                what="weight",
+                kind="all-gather",
+                axes=gathered,
+                bytes=size,
+                times=layers,
+                when=f"backward pass{where}, which computes the block again",
+            )
+    if record.slot == "frozen":
+        return
+    size = piece(record.compute, record.dtype.itemsize)
+    crossed = [axis for axis in plan.batch_axes if plan.axes[axis] > 1]
+    scattered = tuple(axis for axis in crossed if axis in _spec_axes(record.gradient))
+    summed = tuple(axis for axis in crossed if axis not in scattered)
+    if scattered:
+        yield Move(
+            what="gradient",
+            kind="reduce-scatter",
+            axes=scattered,
+            bytes=size,
+            times=layers,
+            when=f"backward pass{where}",
+        )
+        size //= math.prod(plan.axes[axis] for axis in scattered)
+    if summed:
+        yield Move(
+            what="gradient", kind="all-reduce", axes=summed, bytes=size, times=layers, when="after the backward pass"
+        )
+    split_update = tuple(axis for axis in plan.axes if axis in _spec_axes(record.slots) - _spec_axes(record.storage))
+    if split_update:
+        size = math.prod(plan.local_shape(record.shape, record.storage)) * record.dtype.itemsize
+        yield Move(what="update", kind="all-gather", axes=split_update, bytes=size, times=1, when="after the update")
+
+
+def _diff_records(mine: Mapping[str, Record], theirs: Mapping[str, Record]) -> list[str]:
+    lines = []
+    for path in sorted(mine.keys() | theirs.keys()):
+        a, b = mine.get(path), theirs.get(path)
+        if a is None or b is None:
+            lines.append(f"{path}: {'not here' if a is None else 'here'} | {'not there' if b is None else 'there'}")
+            continue
+        for field in dataclasses.fields(Record):
+            if getattr(a, field.name) != getattr(b, field.name):
+                lines.append(f"{path}.{field.name}: {getattr(a, field.name)} | {getattr(b, field.name)}")
+    return lines
+
+
+_SPECS = ("storage", "compute", "gradient", "slots")
+
+
+def _record_to_json(record: Record) -> dict[str, Any]:
+    fields = {field.name: getattr(record, field.name) for field in dataclasses.fields(Record)}
+    for name in _SPECS:
+        fields[name] = [list(axes_at(entry)) for entry in fields[name]]
+    for name in ("dtype", "compute_dtype"):
+        fields[name] = str(fields[name])
+    return fields
+
+
+def _record_from_json(fields: dict[str, Any]) -> Record:
+    for name in _SPECS:
+        fields[name] = as_spec([tuple(axes) for axes in fields[name]])
+    fields["shape"] = tuple(fields["shape"])
+    fields["reasons"] = tuple((by, why) for by, why in fields["reasons"])
+    for name in ("dtype", "compute_dtype"):
+        fields[name] = as_dtype(fields[name])
+    return Record(**fields)
+
+
+def as_dtype(dtype: Any) -> Any:
+    """A dtype by name or type: a numpy one, or a JAX key dtype as it is."""
+    if isinstance(dtype, str) and dtype.startswith("key<"):
+        impl = {"fry": "threefry2x32", "rbg": "rbg", "urbg": "unsafe_rbg"}[dtype[4:-1]]
+        return jax.eval_shape(lambda: jax.random.key(0, impl=impl)).dtype
+    return dtype if str(dtype).startswith("key<") else jnp.dtype(dtype)

@@ -1,0 +1,195 @@
+"""A plan as text: its table, with equal layers folded, and the life of one leaf."""
+
+import dataclasses
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from jax.sharding import PartitionSpec
+
+from ._context import axes_at
+
+if TYPE_CHECKING:
+    from ._plan import Move, Plan, Record
+
+
+def spec_text(spec: PartitionSpec, ndim: int) -> str:
+    """A spec with one entry a dim: `[fsdp, -]`; `whole` if no dim is split."""
+    entries = [axes_at(entry) for entry in spec] + [()] * (ndim - len(spec))
+    if not any(entries):
+        return "whole"
+    return "[" + ", ".join("+".join(axes) or "-" for axes in entries) + "]"
+
+
+def bytes_text(number: float) -> str:
+    """A byte count for people: `1.5 MiB`."""
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if number < 1024 or unit == "TiB":
+            return f"{number:.0f} {unit}" if unit == "B" else f"{number:.1f} {unit}"
+        number /= 1024
+    raise AssertionError  # the loop returns
+
+
+def fold(paths: Sequence[str], keys: Sequence[Any]) -> list[tuple[str, list[int]]]:
+    """Paths that differ only in layer numbers and have equal keys, as one: `blocks.[0-3].q` with its members."""
+    groups: dict[tuple[str, Any], list[int]] = {}
+    for index, (path, key) in enumerate(zip(paths, keys, strict=True)):
+        groups.setdefault((re.sub(r"(?<![^.])\d+(?![^.])", "#", path), key), []).append(index)
+    folded = []
+    for (pattern, _), members in groups.items():
+        if len(members) == 1 or "#" not in pattern:
+            folded += [(paths[index], [index]) for index in members]
+            continue
+        numbers = [[int(part) for part in paths[index].split(".") if part.isdigit()] for index in members]
+        name = pattern
+        for position in range(len(numbers[0])):
+            name = name.replace("#", _ranges(sorted({each[position] for each in numbers})), 1)
+        folded.append((name, members))
+    return folded
+
+
+def table(plan: "Plan") -> str:
+    """A row a leaf (equal layers folded): shape, spec, bytes per device, who decided and why, what moves a step."""
+    records = list(plan.records.values())
+    rows = [("path", "shape", "spec", "per device", "decided by", "moves a step")]
+    keys = [
+        (record.shape, str(record.dtype), record.slot, record.storage, record.compute, record.slots, record.reasons)
+        for record in records
+    ]
+    for name, members in fold([record.path for record in records], keys):
+        record, count = records[members[0]], len(members)
+        size = plan.local_bytes(record) * count
+        rows.append(
+            (
+                name,
+                f"{record.dtype} {'x'.join(map(str, record.shape)) or 'scalar'}",
+                spec_text(record.storage, len(record.shape)),
+                bytes_text(size),
+                decided_by(record),
+                "; ".join(_moves_text(plan.moves(record), count)) or "-",
+            )
+        )
+    head = [
+        *([plan.hardware] if plan.hardware else []),
+        "strategies " + (", ".join(plan.strategies) or "none"),
+        *(f"inactive: {label}, {why}" for label, why in plan.inactive),
+        f"batch over {'+'.join(plan.batch_axes) or 'no axis'}",
+    ]
+    return "\n".join([*head, "", columns(rows), "", *totals_text(plan), *(f"note: {note}" for note in plan.notes)])
+
+
+def decided_by(record: "Record") -> str:
+    """Who decided on a leaf's spec, and why."""
+    if record.slot not in ("parameter", "frozen"):
+        return f"{record.slot}: the same on every device"
+    text = "; ".join(f"{by}: {why}" for by, why in record.reasons)
+    frozen = "frozen; " if record.slot == "frozen" else ""
+    return frozen + (text or "whole: no strategy splits it")
+
+
+def totals_text(plan: "Plan") -> list[str]:
+    """The plan's totals per device, and the price of each way to accumulate."""
+    totals = plan.totals()
+    optimizer = "unknown (give jp.plan an optimizer)" if totals.optimizer is None else bytes_text(totals.optimizer)
+    trained = f", {totals.num_trainable:,} trained" if totals.num_trainable != totals.num_parameters else ""
+    shares = (
+        f"per device: parameters {bytes_text(totals.parameters)}, gradients {bytes_text(totals.gradients)}, "
+        f"optimiser {optimizer}, other {bytes_text(totals.other)}; together {bytes_text(totals.total)}"
+    )
+    lines = [f"{totals.num_parameters:,} parameters{trained}", shares]
+    sharded = [axis for axis in plan.batch_axes if any(axis in _axes(record.gradient) for record in plan.parameters)]
+    if sharded:
+        whole = sum(
+            _product(plan.local_shape(record.shape, record.compute)) * record.dtype.itemsize
+            for record in plan.parameters
+            if record.slot == "parameter"
+        )
+        names = "+".join(sharded)
+        chosen = "microbatch" if plan.shards else "step"
+        lines.append(
+            f'accumulation over {names}: reduce="microbatch" holds {bytes_text(totals.gradients)} of gradients and '
+            f'reduces every microbatch; reduce="step" holds {bytes_text(whole)} and reduces once a step; '
+            f'this plan: "{chosen}"'
+        )
+    return lines
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Life:
+    """One leaf's life in a step: `moves` as data, and the whole story as text."""
+
+    path: str
+    moves: tuple["Move", ...]
+    text: str
+
+    def __str__(self) -> str:
+        return self.text
+
+    def _repr_mimebundle_(self, **_: Any) -> dict[str, str]:
+        return {"text/plain": self.text}
+
+
+def follow(plan: "Plan", record: "Record") -> Life:
+    """The life of the leaf of `record`: stored, gathered, used, reduced, updated."""
+    moves = plan.moves(record)
+    ndim = len(record.shape)
+    stored = f"{spec_text(record.storage, ndim)}: {bytes_text(plan.local_bytes(record))} a device"
+    lines = [
+        f"{record.path}  {record.dtype} {record.shape}, {bytes_text(record.num_bytes)}",
+        f"  stored    {stored} ({decided_by(record)})",
+    ]
+    lines += [f"  gathered  {_move_text(move, 1)}, {move.when}" for move in moves if move.what == "weight"]
+    if record.slot in ("parameter", "frozen"):
+        layer = ", one layer at a time" if record.layers else ""
+        lines.append(f"  used      {spec_text(record.compute, ndim)} as {record.compute_dtype}{layer}")
+    if record.slot == "parameter":
+        reduced = [move for move in moves if move.what == "gradient"]
+        lines += [f"  reduced   {_move_text(move, 1)}, {move.when}" for move in reduced]
+        if not reduced:
+            lines.append("  reduced   not: every device has the whole gradient of its piece")
+        lines.append(f"  updated   {spec_text(record.slots, ndim)}, with its optimiser state")
+        lines += [f"  collected {_move_text(move, 1)}, {move.when}" for move in moves if move.what == "update"]
+    return Life(path=record.path, moves=moves, text="\n".join(lines))
+
+
+def columns(rows: Sequence[Sequence[str]]) -> str:
+    """Rows as text in aligned columns, a rule under the first."""
+    widths = [max(len(row[index]) for row in rows) for index in range(len(rows[0]))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
+
+
+def _move_text(move: "Move", count: int) -> str:
+    times = move.times * count
+    return f"{move.kind} {move.what} over {'+'.join(move.axes)} {bytes_text(move.bytes)}" + (
+        f" x{times}" if times > 1 else ""
+    )
+
+
+def _moves_text(moves: Sequence["Move"], count: int) -> list[str]:
+    """Moves in words, equal ones together: a gather for the forward pass and one for the backward pass are two."""
+    together: dict[Any, list[Move]] = {}
+    for move in moves:
+        together.setdefault((move.kind, move.what, move.axes, move.bytes), []).append(move)
+    return [
+        _move_text(same[0], count * sum(move.times for move in same) // same[0].times) for same in together.values()
+    ]
+
+
+def _ranges(numbers: list[int]) -> str:
+    if len(numbers) == 1:
+        return str(numbers[0])
+    if numbers == list(range(numbers[0], numbers[-1] + 1)):
+        return f"[{numbers[0]}-{numbers[-1]}]"
+    return "[" + ",".join(map(str, numbers)) + "]"
+
+
+def _axes(spec: PartitionSpec) -> set[str]:
+    return {axis for entry in spec for axis in axes_at(entry)}
+
+
+def _product(numbers: tuple[int, ...]) -> int:
+    total = 1
+    for number in numbers:
+        total *= number
+    return total

@@ -1,0 +1,206 @@
+"""How a parameter is read inside a planned step.
+
+Placement alone does not make FSDP: at 512 tokens XLA gathers *activations* rather than weights. So a parameter's
+compute spec is applied where the parameter is read: inside the block that uses it, inside the scan over blocks, under
+remat. For nnx modules that is a subclass of each `Variable`'s type, taken on only while `plan.jit` traces; for plain
+pytrees it is the argument of the loss (`jp.value_and_grad`). The user's own objects never change.
+
+Reading is a cast to the compute dtype on the shard, then the move to the compute spec: a bfloat16 gather costs half of
+a float32 one. Its gradient is constrained to the gradient spec, which is what lets the compiler reduce-scatter.
+"""
+
+import contextlib
+import dataclasses
+import functools as ft
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.extend import core as jax_core
+from jax.sharding import NamedSharding, PartitionSpec
+
+from . import _context, _tree
+from ._context import Region
+from ._plan import Record
+from ._types import Axes, PyTree
+
+
+@dataclasses.dataclass(frozen=True)
+class _Move:
+    """Where a parameter goes when read, and its cotangent when differentiated; hashable, so part of the trace."""
+
+    storage: NamedSharding
+    compute: NamedSharding
+    gradient: NamedSharding
+    dtype: Any
+
+    def forward(self, value: jax.Array) -> jax.Array:
+        if self.dtype != value.dtype:
+            value = jax.lax.with_sharding_constraint(value.astype(self.dtype), self.storage)
+        return jax.lax.with_sharding_constraint(value, self.compute)
+
+    def backward(self, cotangent: jax.Array, dtype: Any) -> jax.Array:
+        # Summed first as the parameter was used, then cut: an all-reduce and a slice, which compilers fuse into a
+        # reduce-scatter. Straight to the gradient spec, the partitioner splits an embedding's scatter-add by
+        # vocabulary and gathers activations for it.
+        cotangent = jax.lax.with_sharding_constraint(cotangent.astype(dtype), self.compute)
+        return jax.lax.with_sharding_constraint(cotangent, self.gradient)
+
+
+def read(value: jax.Array, record: Record, region: Region, *, layers: int = 0, partial: bool = False) -> jax.Array:
+    """`value`, a parameter in its storage spec, as the model computes with it.
+
+    Args:
+        value: The parameter, or one layer of a stacked one, or (`partial`) what an index picked of it.
+        record: The plan's record of the parameter.
+        region: Where in the step it is read.
+        layers: Leading dims of the record that `value` lacks: 1 inside a scan over layers.
+        partial: `value` has other dims than the parameter; it is then read whole.
+    """
+    if partial:
+        storage = compute = gradient = PartitionSpec()
+        if any(_axes_after(record.compute, layers)):  # a piece of a split parameter: the compiler follows the split
+            return value.astype(record.compute_dtype)
+    else:
+        storage, compute, gradient = (
+            _fitting(PartitionSpec(*tuple(spec)[layers:]), value.shape, record.shape[layers:])
+            for spec in (record.storage, record.compute, record.gradient)
+        )
+    move = _Move(
+        region.sharding(storage),
+        region.sharding(compute),
+        region.sharding(gradient),
+        record.compute_dtype if jnp.issubdtype(value.dtype, jnp.floating) else value.dtype,
+    )
+    return _read(value, move)
+
+
+def gather(params: PyTree) -> PyTree:
+    """Parameters of a plain pytree as a model computes with them: cast, and gathered where the plan says so.
+
+    For a step that does not differentiate, such as evaluation; `jp.value_and_grad` does it for its loss. nnx modules
+    need
+    neither: their variables gather themselves where they are read. Identity outside of `plan.jit`.
+
+    Moves one all-gather of every parameter that FSDP shards; all of them are whole until their last use.
+
+    Raises:
+        ShardingError: A leaf belongs to two parameters that lie differently.
+
+    Example:
+        >>> params = {"w": jnp.ones((64, 64))}
+        >>> plan = jp.plan(lambda: params, jp.mesh(fsdp=-1), [jp.FSDP()])
+        >>> predict = plan.jit(lambda params, x: x @ jp.gather(params)["w"])
+        >>> predict(plan.init(), plan.batch(jnp.ones((8, 64)))).shape
+        (8, 64)
+    """
+    region = _context.current()
+    if region is None:
+        return params
+    flat = _tree.flatten(params)
+    return flat.build({path: _read_leaf(path, leaf, region) for path, leaf in flat.leaves.items()})
+
+
+def _read_leaf(path: str, leaf: jax.Array, region: Region) -> jax.Array:
+    match = region.plan.matcher.match(path, leaf.shape)
+    if match is None or match.record.slot not in ("parameter", "frozen"):
+        return leaf
+    region.plan.reads.add(match.record.path)
+    return read(leaf, match.record, region)
+
+
+@contextlib.contextmanager
+def planned(variables: Sequence[tuple[str, Any]]) -> Iterator[None]:
+    """While this lasts, each nnx `Variable` of `(plan path, variable)` is read through the plan."""
+    for path, variable in variables:
+        variable.__class__ = _planned_type(type(variable))
+        variable.set_metadata(PATH, path)
+    try:
+        yield
+    finally:
+        for _, variable in variables:
+            unplan(variable)
+
+
+def unplan(variable: Any) -> None:
+    """Make a `Variable` that may be read through a plan an ordinary one again."""
+    base = getattr(type(variable), "planned_from", None)
+    if base is not None:
+        variable.del_metadata(PATH)
+        variable.__class__ = base
+
+
+@ft.cache
+def _planned_type(base: type) -> type:
+    """The type of nnx `Variable`s of type `base` that are read through the plan; itself if they are already."""
+    if hasattr(base, "planned_from"):
+        return base
+
+    def get_value(self: Any, **index: Any) -> Any:
+        return _read_variable(self, base.get_value(self, **index))
+
+    def attribute(self: Any, name: str) -> Any:  # `w.T` is a read too
+        if name in _RAW or name in self.get_metadata():
+            return base.__getattr__(self, name)
+        return getattr(get_value(self), name)
+
+    body = {"__slots__": (), "get_value": get_value, "__getattr__": attribute, "planned_from": base}
+    return type(base.__name__, (base,), body)
+
+
+PATH = "jaxpar_path"
+_RAW = frozenset({"shape", "dtype", "ndim", "size", "aval", "sharding", "itemsize", "nbytes", "weak_type"})
+
+
+def _read_variable(variable: Any, value: Any) -> Any:
+    """What a model gets when it reads `value` of a planned variable: all of it, or what an index picked."""
+    region = _context.current()
+    if region is None:
+        return value
+    path = variable.get_metadata(PATH)
+    record = region.plan.records[path]
+    region.plan.reads.add(path)
+    raw = variable.get_raw_value()
+    if value.shape != raw.shape:
+        return read(value, record, region, layers=len(record.shape) - raw.ndim, partial=value.ndim != raw.ndim)
+    # A matrix that is used twice (tied embeddings) is gathered once and its gradients are summed before they are
+    # reduced, as long as both uses are in one trace: a value of a scan's body does not exist outside of it.
+    trace = jax_core.get_opaque_trace_state(convention="nnx")
+    kept = region.plan.read_values.setdefault((path, id(raw), region), [])
+    for before, _, result in kept:
+        if before == trace:
+            return result
+    kept.append((trace, raw, read(value, record, region, layers=len(record.shape) - raw.ndim)))
+    return kept[-1][2]
+
+
+@ft.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _read(value: jax.Array, move: _Move) -> jax.Array:
+    return move.forward(value)
+
+
+def _read_forward(value: jax.Array, move: _Move) -> tuple[jax.Array, Any]:
+    return move.forward(value), jnp.zeros((), value.dtype)
+
+
+def _read_backward(move: _Move, like: jax.Array, cotangent: jax.Array) -> tuple[jax.Array]:
+    return (move.backward(cotangent, like.dtype),)
+
+
+_read.defvjp(_read_forward, _read_backward)
+
+
+def _axes_after(spec: PartitionSpec, layers: int) -> list[Axes]:
+    return [_context.axes_at(entry) for entry in tuple(spec)[layers:]]
+
+
+def _fitting(spec: PartitionSpec, shape: tuple[int, ...], whole: tuple[int, ...]) -> PartitionSpec:
+    """`spec` less the axes of dims that an index has cut (`pos[:length]`): their split is not the plan's any more."""
+    entries = tuple(spec) + (None,) * (len(shape) - len(spec))
+    return _context.as_spec(
+        [
+            _context.axes_at(entry) if size == full else ()
+            for entry, size, full in zip(entries, shape, whole, strict=True)
+        ]
+    )

@@ -1,0 +1,86 @@
+"""Which leaf of a plan a leaf of any state belongs to: by path suffix and shape.
+
+Optimiser state repeats the paths of the parameters under its own names (`opt_state.0.mu.blocks.0.q.kernel`), whatever
+the optimiser: adamw, muon, a partition of several, accumulators. So a leaf belongs to the parameter whose path shares
+its longest suffix and has its shape; a factored slot (Adafactor's rows and columns) has the shape less one dim. What
+belongs to nothing, such as a step count, is whole on every device.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+
+from jax.sharding import PartitionSpec
+
+from ._context import as_spec, axes_at
+from ._errors import ShardingError
+from ._plan import Record
+
+
+@dataclasses.dataclass(frozen=True)
+class Match:
+    """A leaf's record in the plan, and the specs it gives the leaf: as a parameter, and as a slot of it."""
+
+    record: Record
+    storage: PartitionSpec
+    slots: PartitionSpec
+    is_parameter: bool
+    why: str
+
+
+class Matcher:
+    """Looks up leaves of any state in the records of a plan."""
+
+    def __init__(self, records: Mapping[str, Record]):
+        self._by_suffix: dict[tuple[str, ...], list[Record]] = {}
+        self._paths = records
+        for record in records.values():
+            if record.slot not in ("parameter", "frozen"):
+                continue
+            tokens = tuple(record.path.split("."))
+            for start in range(len(tokens)):
+                self._by_suffix.setdefault(tokens[start:], []).append(record)
+
+    def match(self, path: str, shape: tuple[int, ...]) -> Match | None:
+        """The match of the leaf at `path`, or `None`.
+
+        Raises:
+            ShardingError: Two parameters match it equally well and lie differently.
+        """
+        tokens = tuple(path.split("."))
+        for start in range(len(tokens)):
+            found = self._by_suffix.get(tokens[start:], [])
+            same = [record for record in found if record.shape == shape]
+            exact = [
+                record for record in same if record.path == path or len(record.path.split(".")) == len(tokens) - start
+            ]
+            for candidates in (exact, same):
+                if candidates:
+                    return self._only(path, candidates, whole_path=candidates[0].path == ".".join(tokens[start:]))
+            factored = [record for record in found if _less_one(record.shape, shape) is not None]
+            if factored:
+                dim = _less_one(factored[0].shape, shape)
+                record = factored[0]
+                drop = [
+                    axes_at(entry) for entry in tuple(record.slots) + (None,) * (len(record.shape) - len(record.slots))
+                ]
+                spec = as_spec([axes for at, axes in enumerate(drop) if at != dim])
+                return Match(record, spec, spec, False, f"slot of {record.path} without its dim {dim}")
+        return None
+
+    def _only(self, path: str, candidates: list[Record], *, whole_path: bool) -> Match:
+        first = candidates[0]
+        for other in candidates[1:]:
+            if (other.storage, other.slots) != (first.storage, first.slots):
+                raise ShardingError(
+                    f"{path}: belongs to {first.path} or to {other.path}, which lie differently ({first.storage} and "
+                    f"{other.storage}). Pass both models to the step in one container, under the names the plan has."
+                )
+        return Match(first, first.storage, first.slots, whole_path, f"as {first.path}")
+
+
+def _less_one(whole: tuple[int, ...], part: tuple[int, ...]) -> int | None:
+    """The one dim without which `whole` is `part`; `None` if there is none, or no way to tell."""
+    if len(part) != len(whole) - 1:
+        return None
+    found = [dim for dim in range(len(whole)) if whole[:dim] + whole[dim + 1 :] == part]
+    return found[0] if len(found) == 1 else None

@@ -1,0 +1,94 @@
+"""What a loss does, read off its jaxpr: which decides how its gradients may be accumulated.
+
+Mapping a loss over replicas (`vmap`) is not right for every loss: a convolution's weight gradient would gather
+activations, `ragged_dot` cannot be mapped, a random mask that does not depend on the sample would repeat on each
+replica, and state that the loss changes (batch statistics) would become the replica's own.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from jax.extend import core as jax_core
+
+UNMAPPABLE = {"conv_general_dilated": "a convolution", "ragged_dot": "ragged_dot", "ragged_dot_general": "ragged_dot"}
+RANDOM = ("random_bits", "threefry2x32", "rng_bit_generator")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Traits:
+    """What stands in the way of mapping a loss over replicas.
+
+    Attributes:
+        unmappable: An operation that `vmap` makes slow or impossible, in words, or `None`.
+        repeats_random: Whether it draws random numbers that do not depend on the sample.
+        changes_state: Whether it changes its state.
+    """
+
+    unmappable: str | None
+    repeats_random: bool
+    changes_state: bool
+
+
+def traits_of(closed: Any, num_before: int, num_batch: int, num_state: int, state_at: int) -> Traits:
+    """The traits of a loss's jaxpr.
+
+    Args:
+        closed: Its closed jaxpr.
+        num_before: How many inputs come before those of the batch.
+        num_batch: How many inputs are the batch's.
+        num_state: How many of its last outputs are its state after the call.
+        state_at: Where the same state begins among its inputs.
+    """
+    jaxpr = closed.jaxpr
+    before = jaxpr.invars[state_at : state_at + num_state]
+    after = jaxpr.outvars[len(jaxpr.outvars) - num_state :] if num_state else []
+    changes = any(x is not y for x, y in zip(before, after, strict=True))
+    depends = [num_before <= index < num_before + num_batch for index in range(len(jaxpr.invars))]
+    found = _find(jaxpr, UNMAPPABLE)
+    return Traits(
+        unmappable=UNMAPPABLE[found] if found else None,
+        repeats_random=_draws_alike(jaxpr, depends),
+        changes_state=changes,
+    )
+
+
+def _subs(eqn: Any) -> list[Any]:
+    """The jaxprs inside an equation."""
+    found = []
+    for value in eqn.params.values():
+        for each in value if isinstance(value, tuple | list) else (value,):
+            if isinstance(each, jax_core.ClosedJaxpr):
+                found.append(each.jaxpr)
+            elif isinstance(each, jax_core.Jaxpr):
+                found.append(each)
+    return found
+
+
+def _find(jaxpr: Any, names: Any) -> str | None:
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name in names:
+            return eqn.primitive.name
+        for sub in _subs(eqn):
+            found = _find(sub, names)
+            if found:
+                return found
+    return None
+
+
+def _draws_alike(jaxpr: Any, depends: Sequence[bool]) -> bool:
+    """Whether random bits are drawn from a key that does not depend on the inputs that `depends` marks."""
+    marked = {var for var, mark in zip(jaxpr.invars, depends, strict=True) if mark}
+    for eqn in jaxpr.eqns:
+        inputs = [not isinstance(var, jax_core.Literal) and var in marked for var in eqn.invars]
+        if eqn.primitive.name in RANDOM and not any(inputs):
+            return True
+        for sub in _subs(eqn):
+            # Loops and calls pass their inputs on in order; where the count differs (cond's index, while's consts) the
+            # last ones line up.
+            inner = inputs[-len(sub.invars) :] if len(sub.invars) <= len(inputs) else [False] * len(sub.invars)
+            if _draws_alike(sub, inner):
+                return True
+        if any(inputs):
+            marked.update(eqn.outvars)
+    return False

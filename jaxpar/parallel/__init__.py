@@ -1,0 +1,6 @@
+"""The strategies: one a file, none imports another."""
+
+from .data import DP as DP
+from .fsdp import FSDP as FSDP
+from .tensor import TP as TP
+from .zero import ZeRO as ZeRO

@@ -1,0 +1,168 @@
+"""Tensor parallelism: matrices split over an axis in pairs, as in Megatron-LM (Shoeybi et al., 2019, arXiv:1909.08053).
+
+Which dim is split, counted within one block (D = inputs, F = outputs):
+
+    kernel (D, F)            column: dim 1    row: dim 0     flax, plain pytrees
+    weight (F, D)            column: dim 0    row: dim 1     torch order: a leaf named `weight` in an Equinox layer
+    kernel (D, heads, head)  column: dim 1                   LinearGeneral; out-projection (heads, head, D): row: dim 0
+    kernel (k.., D, F)       column: last     row: last but one         convolutions
+    bias                     column: dim 0    row: whole
+    embedding (V, D)         vocab: dim 0;  a head's kernel (D, V): dim 1
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
+
+from .._errors import ShardingError
+from .._rules import Draft, Leaf, check_patterns, matches, way_out
+from .._strategy import Strategy
+
+SPLIT_NAMES = ("heads", "kv", "mlp", "vocab")
+"""Logical dims that tensor parallelism splits."""
+
+_USUAL = {
+    "column": ("q", "k", "v", "qkv", "query", "key", "value", "up", "gate", "fc1", "wi", "c_fc", "c_attn", "in_proj"),
+    "row": ("o", "out", "down", "fc2", "wo", "c_proj", "out_proj"),
+    "vocab": ("embed", "embedding", "emb", "wte", "token_embed", "lm_head", "head"),
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TP(Strategy):
+    """Split matrices over an axis: a column-parallel one makes a part of the features, a row-parallel one sums them.
+
+    Moves, for each column/row pair: one all-reduce of the activations in the forward pass and one in the backward pass
+    (with `sequence`: a reduce-scatter and an all-gather, the same bytes); weights never move. Memory: the named
+    parameters, their gradients and optimiser state divide by the axis size, and so do the activations between the two.
+
+    Args:
+        axis: The axis.
+        column: Patterns of modules whose outputs are split.
+        row: Patterns of modules whose inputs are split.
+        vocab: Patterns of embeddings and heads whose vocabulary is split; see `jp.embed` and `jp.cross_entropy`.
+        sequence: Also split the sequence dim of activations outside of the pairs (Korthikanti et al., 2022,
+            arXiv:2205.05198): at `jp.constrain(x, "batch", "seq", ...)` and between the blocks of a `jp.Stack`.
+
+    With no pattern at all the leaves' logical dims decide: `heads`, `kv`, `mlp` and `vocab` are split.
+
+    Raises:
+        ShardingError: When planning: an indivisible dim, a leaf that two lists match, a pattern that matches nothing,
+            or nothing to split; then the error proposes the rules.
+
+    Example:
+        >>> plan = jp.plan(
+        ...     lambda: {"up": jnp.ones((8, 32)), "down": jnp.ones((32, 8))},
+        ...     jp.mesh(tensor=-1),
+        ...     [jp.TP(column=["up"], row=["down"])],
+        ... )
+        >>> plan.records["up"].storage, plan.records["down"].storage
+        (P(None, 'tensor'), P('tensor',))
+    """
+
+    phase: ClassVar[int] = 1
+
+    axis: str = "tensor"
+    column: str | Sequence[str] = ()
+    row: str | Sequence[str] = ()
+    vocab: str | Sequence[str] = ()
+    sequence: bool = False
+
+    def __post_init__(self) -> None:
+        for field in ("column", "row", "vocab"):
+            value = getattr(self, field)
+            patterns = (value,) if isinstance(value, str) else tuple(value)
+            wrong = [pattern for pattern in patterns if not isinstance(pattern, str)]
+            if wrong:
+                raise ShardingError(f"TP: {field} holds {wrong[0]!r}, which is no pattern. Use strings such as '*.q'.")
+            object.__setattr__(self, field, patterns)
+
+    def apply(self, draft: Draft) -> None:
+        for dim in ("heads", "kv", "mlp"):
+            draft.split_dim(dim, self.axis)
+        if self.sequence:
+            draft.split_dim("seq", self.axis)
+        patterns: dict[str, Sequence[str]] = {"column": self.column, "row": self.row, "vocab": self.vocab}
+        for kind, given in patterns.items():
+            draft.problems += check_patterns(given, list(draft.leaves), f"{self.label}: {kind}")
+        done = 0
+        for leaf in draft.leaves.values():
+            dims = self._dims_of(leaf, patterns, draft)
+            for dim, why in dims:
+                done += self._split(leaf, dim, why, draft)
+        if any("vocab" in (leaf.names or ()) for leaf in draft.leaves.values()) or self.vocab:
+            draft.split_dim("vocab", self.axis)
+        if not done and not draft.problems:
+            draft.problems.append(f"{self.label} matches nothing. {propose(draft)}")
+
+    def _dims_of(self, leaf: Leaf, patterns: Mapping[str, Sequence[str]], draft: Draft) -> list[tuple[int, str]]:
+        """Each dim to split, with the reason."""
+        found = [
+            (kind, pattern) for kind, given in patterns.items() for pattern in given if matches(pattern, leaf.path)
+        ]
+        kinds = {kind for kind, _ in found}
+        named = [dim for dim, name in enumerate(leaf.names or ()) if name in SPLIT_NAMES][:1]
+        if len(kinds) > 1:
+            draft.problems.append(
+                f"{leaf.path}: {found[0][0]}={found[0][1]!r} and {found[-1][0]}={found[-1][1]!r} both match. "
+                "Make one of the patterns narrower."
+            )
+            return []
+        if not kinds:
+            return [(dim, f"its dim {(leaf.names or ())[dim]!r}") for dim in named]
+        kind, pattern = found[0]
+        dim = split_dim_of(leaf, kind)
+        if dim is None:
+            leaf.reasons.append((self.label, f"whole: added after the sum ({kind} {pattern!r})"))
+            return []
+        if named and named[0] != dim:
+            draft.problems.append(
+                f"{leaf.path}: {kind}={pattern!r} splits dim {dim}, but its dims {list(leaf.names or ())} say dim "
+                f"{named[0]}. Drop the pattern or the dims."
+            )
+            return []
+        return [(dim, f"{kind} {pattern!r}")]
+
+    def _split(self, leaf: Leaf, dim: int, why: str, draft: Draft) -> int:
+        size, whole = draft.sizes[self.axis], leaf.shape[leaf.layers + dim]
+        if whole % size:
+            draft.problems.append(
+                f"{leaf.path}: dim {dim} has size {whole}, but axis {self.axis!r} has size {size}, and {size} does not "
+                f"divide {whole}. {way_out(whole, self.axis, size)}, or leave this leaf out of TP's patterns."
+            )
+            return 0
+        where = ("storage", "compute", "gradient", "slots")
+        leaf.split(dim, self.axis, by=self.label, why=why, where=where)
+        return 1
+
+
+def split_dim_of(leaf: Leaf, kind: str) -> int | None:
+    """The dim of `leaf` that a rule of this kind splits, within one block; `None` leaves it whole."""
+    if leaf.ndim == 1:
+        return None if kind == "row" else 0
+    if leaf.name == "bias":  # of a LinearGeneral: (heads, head)
+        return None if kind == "row" else 0
+    if "Conv" in leaf.owner:
+        return leaf.ndim - (2 if kind == "row" else 1)
+    if kind == "vocab":
+        return 0 if leaf.name in ("embedding", "weight") or "emb" in leaf.name or "emb" in leaf.path.lower() else 1
+    transposed = leaf.name == "weight"
+    return int((kind == "column") != transposed)
+
+
+def propose(draft: Draft) -> str:
+    """Rules for these leaves, from the names that the field gives its layers."""
+    found: dict[str, list[str]] = {"column": [], "row": [], "vocab": []}
+    for leaf in draft.leaves.values():
+        if leaf.ndim < 2:
+            continue
+        module = leaf.path if leaf.name not in ("kernel", "weight", "embedding", "w") else leaf.path.rpartition(".")[0]
+        last = module.rpartition(".")[2]
+        for kind, usual in _USUAL.items():
+            if last in usual and f"*.{last}" not in found[kind]:
+                found[kind].append(f"*.{last}")
+    rules = ", ".join(f"{kind}={names}" for kind, names in found.items() if names)
+    if rules:
+        return f"For this model, try TP({rules})."
+    shapes = ", ".join(f"{leaf.path} {leaf.shape}" for leaf in draft.leaves.values() if leaf.ndim >= 2)
+    return f"Name the modules to split, TP(column=[...], row=[...]); the matrices here are {shapes or 'none'}."

@@ -1,0 +1,106 @@
+"""How the decoder is trained: its rules for tensor parallelism, and a recipe for each size.
+
+The names at the end are what the command line takes, each called without arguments:
+`jaxpar plan models.gpt:llama_70b --mesh meshes/v5p_8x16x16.toml`. A recipe allocates nothing.
+"""
+
+import dataclasses
+import functools as ft
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+import jaxpar as jp
+
+from . import config
+from .config import Config
+from .model import GPT, loss
+
+
+def tensor_rules(cfg: Config) -> dict[str, list[str]]:
+    """Which matrices `jp.TP` splits by outputs, which by inputs, and which by the vocabulary."""
+    gate = ["*.gate"] if cfg.mlp == "silu" else []
+    head = [] if cfg.tied else ["lm_head"]
+    return {
+        "column": ["*.q", "*.k", "*.v", "*.up", *gate],
+        "row": ["*.o", "*.down"],
+        "vocab": ["embed", *head],
+    }
+
+
+def strategies(cfg: Config) -> list[jp.DP | jp.FSDP | jp.TP]:
+    """Data, FSDP and tensor parallelism; on a mesh that lacks an axis, its strategy rests."""
+    return [jp.DP(), jp.FSDP(), jp.TP(**tensor_rules(cfg))]
+
+
+def recipe(
+    cfg: Config,
+    *,
+    batch: int,
+    seq: int | None = None,
+    accumulate: int = 1,
+    learning_rate: float = 3e-4,
+    warmup: int = 2000,
+    steps: int = 100_000,
+) -> jp.Recipe:
+    """Train `cfg` with AdamW, warmed up linearly and decayed along a cosine to a tenth.
+
+    Args:
+        cfg: The shape.
+        batch: Sequences in a global batch.
+        seq: Tokens in a sequence; `max_positions` if not given.
+        accumulate: Microbatches in a step.
+        learning_rate: The highest.
+        warmup: Steps to get there.
+        steps: Steps until the lowest.
+    """
+    seq = cfg.max_positions if seq is None else seq
+    schedule = optax.warmup_cosine_decay_schedule(
+        learning_rate / warmup, learning_rate, warmup, steps, learning_rate / 10
+    )
+    tokens, weights = (jax.ShapeDtypeStruct((batch, seq), dtype) for dtype in (jnp.int32, jnp.float32))
+    return jp.Recipe(
+        model=lambda: GPT(cfg, rngs=nnx.Rngs(0)),
+        loss=loss,
+        optimizer=optax.adamw(schedule, b1=0.9, b2=0.95, weight_decay=0.1, mask=_matrices),
+        clip_norm=1.0,
+        strategies=strategies(cfg),
+        accumulate=accumulate,
+        batch={
+            "tokens": tokens,
+            "labels": tokens,
+            "positions": tokens,
+            "segments": tokens,
+            "weights": weights,
+            "sample": jax.ShapeDtypeStruct((batch,), jnp.int32),
+        },
+    )
+
+
+def _matrices(params: Any) -> Any:
+    """Weight decay is for matrices, not for norms and biases; a stack holds these as [layers, D], so names decide."""
+
+    def decays(path: tuple[Any, ...], _: jax.Array) -> bool:
+        return not {"scale", "bias"} & {getattr(key, "key", None) for key in path}
+
+    return jax.tree_util.tree_map_with_path(decays, params)
+
+
+tiny = ft.partial(recipe, config.TINY, batch=16, learning_rate=1e-2, warmup=10, steps=100)
+demo = ft.partial(recipe, config.DEMO, batch=32, learning_rate=3e-3, warmup=50, steps=1000)
+
+# The vocabulary of 50,257 padded to 50,304, so that up to 128 devices can share it.
+_padded = ft.partial(dataclasses.replace, vocab_size=50_304)
+gpt2_small = ft.partial(recipe, _padded(config.GPT2_SMALL), batch=512, learning_rate=6e-4)
+gpt2_medium = ft.partial(recipe, _padded(config.GPT2_MEDIUM), batch=512)
+gpt2_large = ft.partial(recipe, _padded(config.GPT2_LARGE), batch=512, learning_rate=2.5e-4)
+gpt2_xl = ft.partial(recipe, _padded(config.GPT2_XL), batch=512, learning_rate=2e-4)  # its 25 heads share no axis
+
+llama_1b = ft.partial(recipe, config.LLAMA_1B, batch=1024)
+llama_7b = ft.partial(recipe, config.LLAMA_7B, batch=1024)
+llama_8b = ft.partial(recipe, config.LLAMA_8B, batch=1024)
+llama_13b = ft.partial(recipe, config.LLAMA_13B, batch=1024)
+llama_70b = ft.partial(recipe, config.LLAMA_70B, batch=2048, learning_rate=1.5e-4)

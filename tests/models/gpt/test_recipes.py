@@ -1,0 +1,88 @@
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+import jaxpar as jp
+from models import gpt
+from models.gpt import config
+
+ALL = [
+    "gpt2_small",
+    "gpt2_medium",
+    "gpt2_large",
+    "gpt2_xl",
+    "llama_1b",
+    "llama_7b",
+    "llama_8b",
+    "llama_13b",
+    "llama_70b",
+]
+
+
+def batch_like(spec, vocab_size, seed=0):
+    """Text with something to learn: each token is near the one before. Two segments a row, some tokens masked."""
+    random = np.random.default_rng(seed)
+    rows, seq = spec["tokens"].shape
+    text = (np.cumsum(random.integers(0, 3, (rows, seq + 1)), axis=1) % vocab_size).astype(np.int32)
+    half = np.arange(seq) >= seq // 2
+    return {
+        "tokens": text[:, :-1],
+        "labels": text[:, 1:],
+        "positions": np.broadcast_to(np.arange(seq) - half * (seq // 2), (rows, seq)).astype(np.int32),
+        "segments": np.broadcast_to(half, (rows, seq)).astype(np.int32),
+        "weights": (random.random((rows, seq)) > 0.2).astype(np.float32),
+        "sample": np.arange(rows, dtype=np.int32),
+    }
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_every_size_has_a_plan_on_a_pod(name):
+    """Every matrix divides over 16 × 8 chips, the vocabulary too."""
+    plan = getattr(gpt, name)().on(jp.mesh("v5e:8x16", fsdp=16, tensor=8)).plan
+    matrices = [record for record in plan.records.values() if record.path.endswith(("kernel", "embedding"))]
+    assert matrices
+    assert all("fsdp" in str(record.storage) and "tensor" in str(record.storage) for record in matrices)
+
+
+@pytest.mark.parametrize(
+    ("changes", "accumulate"),
+    [
+        ({}, 1),
+        ({"dropout": 0.2}, 4),
+        ({"positions": "learned", "norm": "layer", "mlp": "gelu", "bias": True, "tied": False}, 2),
+    ],
+    ids=["llama", "dropout-accumulated", "gpt2-untied"],
+)
+def test_a_step_is_that_of_one_device(changes, accumulate):
+    """Loss and gradient norm, on data 2 × fsdp 2 × tensor 2 and on one device: same initial values, same masks."""
+    cfg = dataclasses.replace(config.TINY, max_positions=16, **changes)
+    recipe = gpt.recipe(cfg, batch=16, accumulate=accumulate, learning_rate=1e-2, warmup=1, steps=100)
+    batch = batch_like(recipe.batch, cfg.vocab_size)
+
+    @nnx.jit
+    def single(model, batch):
+        mean = lambda model: (lambda total, weight: total / weight)(*gpt.loss(model, batch))
+        value, grads = nnx.value_and_grad(mean)(model)
+        return value, sum((leaf**2).sum() for leaf in jax.tree.leaves(grads)) ** 0.5
+
+    loss, norm = single(recipe.model(), batch)
+    program = recipe.on(jp.mesh(data=2, fsdp=2, tensor=2))
+    state, metrics = program.step(program.init(), program.plan.batch(batch))
+    np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-6)
+    np.testing.assert_allclose(metrics["grad_norm"], norm, rtol=1e-5)
+    assert program.step(state, program.plan.batch(batch))[1]["loss"] < loss
+
+
+def test_vectors_do_not_decay():
+    """With a gradient of zero everywhere, a step shrinks matrices and leaves norms and biases alone."""
+    cfg = dataclasses.replace(config.TINY, bias=True)
+    recipe = gpt.recipe(cfg, batch=2, warmup=1)
+    params = nnx.state(recipe.model(), nnx.Param)
+    zeros = jax.tree.map(lambda leaf: 0 * leaf, params)
+    updates, _ = recipe.optimizer.update(zeros, recipe.optimizer.init(params), params)
+    still = {"scale", "bias"}
+    for path, update in nnx.to_flat_state(updates):
+        assert bool((update[...] == 0).all()) == (path[-1] in still), path
