@@ -39,7 +39,7 @@ def constrain(x: jax.Array, *dims: str | None) -> jax.Array:
         ShardingError: A dim has no such name, `dims` are too few or too many, or a size is not divided by its axes.
 
     Example:
-        >>> constrain(jnp.ones((8, 16, 32)), "batch", "seq", "embed").shape
+        >>> jp.constrain(jnp.ones((8, 16, 32)), "batch", "seq", "embed").shape
         (8, 16, 32)
     """
     if len(dims) != x.ndim:

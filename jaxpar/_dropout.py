@@ -27,8 +27,8 @@ def dropout(x: jax.Array, rate: float, *, key: jax.Array, ids: jax.Array) -> jax
 
     Example:
         >>> x, key = jnp.ones((4, 1000)), jax.random.key(0)
-        >>> whole = dropout(x, 0.1, key=key, ids=jnp.arange(4))
-        >>> bool((whole[2:] == dropout(x[2:], 0.1, key=key, ids=jnp.arange(2, 4))).all())
+        >>> whole = jp.dropout(x, 0.1, key=key, ids=jnp.arange(4))
+        >>> bool((whole[2:] == jp.dropout(x[2:], 0.1, key=key, ids=jnp.arange(2, 4))).all())
         True
     """
     if not 0 <= rate < 1:

@@ -33,6 +33,7 @@ class _Move:
     storage: NamedSharding
     compute: NamedSharding
     gradient: NamedSharding
+    stored: Any
     dtype: Any
 
     def forward(self, value: jax.Array) -> jax.Array:
@@ -40,11 +41,11 @@ class _Move:
             value = jax.lax.with_sharding_constraint(value.astype(self.dtype), self.storage)
         return jax.lax.with_sharding_constraint(value, self.compute)
 
-    def backward(self, cotangent: jax.Array, dtype: Any) -> jax.Array:
+    def backward(self, cotangent: jax.Array) -> jax.Array:
         # Summed first as the parameter was used, then cut: an all-reduce and a slice, which compilers fuse into a
         # reduce-scatter. Straight to the gradient spec, the partitioner splits an embedding's scatter-add by
         # vocabulary and gathers activations for it.
-        cotangent = jax.lax.with_sharding_constraint(cotangent.astype(dtype), self.compute)
+        cotangent = jax.lax.with_sharding_constraint(cotangent.astype(self.stored), self.compute)
         return jax.lax.with_sharding_constraint(cotangent, self.gradient)
 
 
@@ -71,6 +72,7 @@ def read(value: jax.Array, record: Record, region: Region, *, layers: int = 0, p
         region.sharding(storage),
         region.sharding(compute),
         region.sharding(gradient),
+        value.dtype,
         record.compute_dtype if jnp.issubdtype(value.dtype, jnp.floating) else value.dtype,
     )
     return _read(value, move)
@@ -181,11 +183,11 @@ def _read(value: jax.Array, move: _Move) -> jax.Array:
 
 
 def _read_forward(value: jax.Array, move: _Move) -> tuple[jax.Array, Any]:
-    return move.forward(value), jnp.zeros((), value.dtype)
+    return move.forward(value), None
 
 
-def _read_backward(move: _Move, like: jax.Array, cotangent: jax.Array) -> tuple[jax.Array]:
-    return (move.backward(cotangent, like.dtype),)
+def _read_backward(move: _Move, _: None, cotangent: jax.Array) -> tuple[jax.Array]:
+    return (move.backward(cotangent),)
 
 
 _read.defvjp(_read_forward, _read_backward)

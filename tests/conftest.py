@@ -57,7 +57,7 @@ def check_types(function):
 jaxtyping.install_import_hook(["jaxpar", "models"], f"sys.modules[{__name__!r}].check_types")
 
 # optax and flax mix dtypes, as JAX allows by default: `decay ** count` with an int32 count, float32 statistics of a
-# bfloat16 array. So does `jax.nn`. They go on doing so; an operation that our own code asks for is strict. JAX offers
+# bfloat16 array. So do `jax.nn` and the lowering of a matrix product. They go on doing so; an operation that our own code asks for is strict. JAX offers
 # one switch for all, hence the private name; a function that JAX has traced for optax may serve us from its cache.
 TRANSPARENT = {"_pytest", "beartype", "hypothesis", "jax", "jaxlib", "jaxtyping", "pluggy", "pytest"}
 least_upper_bound = dtypes._least_upper_bound
@@ -71,7 +71,7 @@ def is_ours(frame):
     """Whether this repository's code asks for the operation: the nearest frame that is not JAX's or a test tool's."""
     while frame:
         _, installed, inside = frame.f_code.co_filename.partition("/site-packages/")
-        if inside.startswith("jax/_src/nn/"):
+        if inside.startswith(("jax/_src/nn/", "jax/_src/interpreters/mlir")):
             return False
         if installed and inside.split("/")[0] not in TRANSPARENT:
             return False

@@ -156,8 +156,10 @@ def compiled(plan, function, *args, replicas=()):
 
 
 def test_traffic():
-    """Over `tensor`: the lookup, the maximum, the sums and the gradient of hidden. Over the batch: the table's gradient
-    (which the compiler joins with the scalars'). None of it inside the loop over chunks.
+    """Nothing crosses an axis inside the loop over chunks.
+
+    Over `tensor` go the lookup, the maximum, the sums and the gradient of hidden; over the batch the gradient of the
+    table, which the compiler joins with the scalars.
     """
     plan = layout(DIMS, data=2, fsdp=2, context=1, tensor=2)
     grad = jax.value_and_grad(tied_loss, has_aux=True)
@@ -252,8 +254,10 @@ def test_shapes_that_do_not_fit_are_named_all_at_once():
         cross_entropy(hidden, table, labels[:, :2], jnp.ones((2, 3)), chunk=0)
     assert str(error.value).splitlines() == [
         "cross_entropy: hidden (2, 3, 4) and labels (2, 2): one label for each hidden vector.",
-        "cross_entropy: hidden (2, 3, 4) and head (8, 4): a head has shape [embed, vocab] "
-        "(of a tied embedding, pass table.T).",
+        (
+            "cross_entropy: hidden (2, 3, 4) and head (8, 4): a head has shape [embed, vocab] "
+            "(of a tied embedding, pass table.T)."
+        ),
         "cross_entropy: weights (2, 3) and labels (2, 2): one weight for each label.",
         "cross_entropy: chunk is 0: at least one token.",
     ]

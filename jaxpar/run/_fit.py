@@ -55,7 +55,7 @@ class Fitted:
         stopped_by: `"SIGINT"` if Ctrl-C ended it early, else `None`.
     """
 
-    state: PyTree
+    state: PyTree = dataclasses.field(repr=False)
     steps: int
     metrics: Mapping[str, float]
     directory: pathlib.Path

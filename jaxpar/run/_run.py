@@ -140,9 +140,7 @@ class Run:
         if _processes.is_first():
             for step in tidy(self._checkpoints):
                 self._event("set_aside", step=step)
-                _processes.say(
-                    logging.WARNING, "%s: step %d is incomplete, and was set aside.", self._checkpoints, step
-                )
+                _processes.say(logging.WARNING, "%s: step %d is incomplete and was set aside.", self._checkpoints, step)
         self._loose = sorted(take_apart(state).loose)
         latest = self.latest
         latest = _processes.of_first(-1 if latest is None else latest)

@@ -176,7 +176,7 @@ class Dropout(nnx.Module):
 
 
 def rotate(heads: jax.Array, positions: jax.Array, theta: float) -> jax.Array:
-    """Rotary positions (Su et al., 2021): feature i and i + H/2 turn together, by an angle that grows with the position.
+    """Rotary positions (Su et al., 2021): features i and i + H/2 turn together, further at each position.
 
     Args:
         heads: [B, T, heads, H].

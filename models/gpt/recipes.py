@@ -20,20 +20,16 @@ from .config import Config
 from .model import GPT, loss
 
 
-def tensor_rules(cfg: Config) -> dict[str, list[str]]:
-    """Which matrices `jp.TP` splits by outputs, which by inputs, and which by the vocabulary."""
+def tensor_rules(cfg: Config) -> jp.TP:
+    """Which matrices are split by their outputs, which by their inputs, and which by the vocabulary."""
     gate = ["*.gate"] if cfg.mlp == "silu" else []
     head = [] if cfg.tied else ["lm_head"]
-    return {
-        "column": ["*.q", "*.k", "*.v", "*.up", *gate],
-        "row": ["*.o", "*.down"],
-        "vocab": ["embed", *head],
-    }
+    return jp.TP(column=["*.q", "*.k", "*.v", "*.up", *gate], row=["*.o", "*.down"], vocab=["embed", *head])
 
 
 def strategies(cfg: Config) -> list[jp.DP | jp.FSDP | jp.TP]:
     """Data, FSDP and tensor parallelism; on a mesh that lacks an axis, its strategy rests."""
-    return [jp.DP(), jp.FSDP(), jp.TP(**tensor_rules(cfg))]
+    return [jp.DP(), jp.FSDP(), tensor_rules(cfg)]
 
 
 def recipe(

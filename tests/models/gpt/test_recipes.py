@@ -64,7 +64,10 @@ def test_a_step_is_that_of_one_device(changes, accumulate):
 
     @nnx.jit
     def single(model, batch):
-        mean = lambda model: (lambda total, weight: total / weight)(*gpt.loss(model, batch))
+        def mean(model):
+            total, weight = gpt.loss(model, batch)
+            return total / weight
+
         value, grads = nnx.value_and_grad(mean)(model)
         return value, sum((leaf**2).sum() for leaf in jax.tree.leaves(grads)) ** 0.5
 

@@ -1,0 +1,99 @@
+"""What the TPU compiler makes of a plan, without a TPU: peak memory of FSDP, and where gradients are reduced."""
+
+import functools as ft
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from jax.sharding import AxisType, Mesh
+
+import jaxpar as jp
+from jaxpar import testing
+from models import gpt
+
+pytestmark = pytest.mark.libtpu
+
+MIB = 2**20
+
+
+@ft.cache
+def tpu_devices(topology):
+    from jax.experimental import topologies  # noqa: PLC0415
+
+    return np.array(topologies.get_topology_desc(topology_name=topology, platform="tpu").devices)
+
+
+def tpu_mesh(topology, **axes):
+    devices = tpu_devices(topology).reshape(tuple(axes.values()))
+    return Mesh(devices, tuple(axes), axis_types=(AxisType.Auto,) * len(axes))
+
+
+class Block(nnx.Module):
+    def __init__(self, dim, *, rngs):
+        self.up = nnx.Linear(dim, 4 * dim, use_bias=False, rngs=rngs)
+        self.down = nnx.Linear(4 * dim, dim, use_bias=False, rngs=rngs)
+
+    def __call__(self, x):
+        return x + self.down(nnx.gelu(self.up(x)))
+
+
+class Blocks(nnx.Module):
+    def __init__(self, dim, depth, *, rngs):
+        self.blocks = nnx.List([Block(dim, rngs=rngs) for _ in range(depth)])
+
+    def __call__(self, x):
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+def lowered(plan, transform, loss, batch):
+    """A whole training step, lowered for the plan's mesh from shapes alone."""
+    model = plan.abstract()
+    opt = nnx.eval_shape(lambda model: nnx.Optimizer(model, transform, wrt=nnx.Param), model)
+
+    @plan.jit
+    def train_step(model, opt, batch):
+        value, grads = loss(model, batch)
+        opt.update(model, grads)
+        return value
+
+    batch = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=plan.batch_sharding), batch
+    )
+    return train_step.lower(model, opt, batch)
+
+
+def test_one_block_is_whole_at_a_time():
+    """1 GiB of repeated blocks over 8 chips, 128 MiB each, peaks under 350 MiB."""
+    mesh = tpu_mesh("v5e:2x4", fsdp=8)
+    plan = jp.plan(lambda: Blocks(1024, 32, rngs=nnx.Rngs(0)), mesh, [jp.FSDP(blocks="blocks.*")])
+    assert sum(record.num_bytes for record in plan.parameters) == 1024 * MIB
+
+    loss = nnx.value_and_grad(lambda model, x: jnp.mean(model(x) ** 2))
+    compiled = lowered(plan, optax.sgd(0.1), loss, jax.ShapeDtypeStruct((64, 1024), jnp.float32)).compile()
+
+    assert compiled.memory_analysis().peak_memory_in_bytes < 350 * MIB
+    gathers = [each for each in testing.collectives(compiled, mesh=mesh) if each.kind == "all-gather"]
+    weights = {(1024, 4096), (4096, 1024)}
+    assert gathers
+    assert {tuple(size for size in each.shape if size != 1) for each in gathers} <= weights  # and no activation
+
+
+def test_accumulation_reduces_once():
+    """Over 8 microbatches gradients cross `data` once, outside every loop, on TPU too."""
+    mesh = tpu_mesh("v5e:2x4", data=2, fsdp=2, tensor=2)
+    recipe = gpt.tiny(accumulate=8, batch=64)
+    program = recipe.on(mesh)
+    plan = program.plan
+
+    loss = jp.value_and_grad(recipe.loss, accumulate=recipe.accumulate)
+    compiled = lowered(plan, optax.sgd(0.1), loss, recipe.batch).compile()
+
+    over_data = [each for each in testing.collectives(compiled, mesh=mesh) if "data" in each.axes]
+    assert over_data
+    assert {(each.depth, each.count) for each in over_data} == {(0, 1)}
+    assert {each.kind for each in over_data} <= {"all-reduce", "reduce-scatter"}
