@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from . import checkpoint as checkpoint, data as data, testing as testing
     from ._bound import BoundPlan as BoundPlan, plan as plan
+    from ._cache import compilation_cache as compilation_cache
     from ._constrain import constrain as constrain
     from ._dropout import dropout as dropout
     from ._errors import (
@@ -34,6 +35,7 @@ __version__ = "0.1.0"
 
 _HOME = {
     "_bound": ("BoundPlan", "plan"),
+    "_cache": ("compilation_cache",),
     "_constrain": ("constrain",),
     "_dropout": ("dropout",),
     "_errors": ("CheckpointError", "DataError", "MeshError", "ShardingError", "StepError"),

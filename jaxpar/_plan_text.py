@@ -50,6 +50,23 @@ def fold(paths: Sequence[str], keys: Sequence[Any]) -> list[tuple[str, list[int]
 
 def table(plan: "Plan") -> str:
     """A row a leaf (equal layers folded): shape, spec, bytes per device, who decided and why, what moves a step."""
+    return "\n".join(
+        [*head_text(plan), "", columns(rows(plan)), "", *totals_text(plan), *(f"note: {note}" for note in plan.notes)]
+    )
+
+
+def head_text(plan: "Plan") -> list[str]:
+    """What a plan is for: hardware, axes, strategies, the batch."""
+    return [
+        *([plan.hardware] if plan.hardware else []),
+        "strategies " + (", ".join(plan.strategies) or "none"),
+        *(f"inactive: {label}, {why}" for label, why in plan.inactive),
+        f"batch over {'+'.join(plan.batch_axes) or 'no axis'}",
+    ]
+
+
+def rows(plan: "Plan") -> list[tuple[str, ...]]:
+    """The table of a plan, its titles first."""
     records = list(plan.records.values())
     rows = [("path", "shape", "spec", "per device", "decided by", "moves a step")]
     keys = [
@@ -69,13 +86,7 @@ def table(plan: "Plan") -> str:
                 "; ".join(_moves_text(plan.moves(record), count)) or "-",
             )
         )
-    head = [
-        *([plan.hardware] if plan.hardware else []),
-        "strategies " + (", ".join(plan.strategies) or "none"),
-        *(f"inactive: {label}, {why}" for label, why in plan.inactive),
-        f"batch over {'+'.join(plan.batch_axes) or 'no axis'}",
-    ]
-    return "\n".join([*head, "", columns(rows), "", *totals_text(plan), *(f"note: {note}" for note in plan.notes)])
+    return rows
 
 
 def decided_by(record: "Record") -> str:
@@ -138,17 +149,17 @@ def follow(plan: "Plan", record: "Record") -> Life:
         f"{record.path}  {record.dtype} {record.shape}, {bytes_text(record.num_bytes)}",
         f"  stored    {stored} ({decided_by(record)})",
     ]
-    lines += [f"  gathered  {_move_text(move, 1)}, {move.when}" for move in moves if move.what == "weight"]
+    lines += [f"  gathered  {move_text(move, 1)}, {move.when}" for move in moves if move.what == "weight"]
     if record.slot in ("parameter", "frozen"):
         layer = ", one layer at a time" if record.layers else ""
         lines.append(f"  used      {spec_text(record.compute, ndim)} as {record.compute_dtype}{layer}")
     if record.slot == "parameter":
         reduced = [move for move in moves if move.what == "gradient"]
-        lines += [f"  reduced   {_move_text(move, 1)}, {move.when}" for move in reduced]
+        lines += [f"  reduced   {move_text(move, 1)}, {move.when}" for move in reduced]
         if not reduced:
             lines.append("  reduced   not: every device has the whole gradient of its piece")
         lines.append(f"  updated   {spec_text(record.slots, ndim)}, with its optimiser state")
-        lines += [f"  collected {_move_text(move, 1)}, {move.when}" for move in moves if move.what == "update"]
+        lines += [f"  collected {move_text(move, 1)}, {move.when}" for move in moves if move.what == "update"]
     return Life(path=record.path, moves=moves, text="\n".join(lines))
 
 
@@ -159,7 +170,8 @@ def columns(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
 
 
-def _move_text(move: "Move", count: int) -> str:
+def move_text(move: "Move", count: int) -> str:
+    """A move in words, for `count` equal leaves: `all-gather weight over fsdp 8.0 KiB x4`."""
     times = move.times * count
     return f"{move.kind} {move.what} over {'+'.join(move.axes)} {bytes_text(move.bytes)}" + (
         f" x{times}" if times > 1 else ""
@@ -171,9 +183,7 @@ def _moves_text(moves: Sequence["Move"], count: int) -> list[str]:
     together: dict[Any, list[Move]] = {}
     for move in moves:
         together.setdefault((move.kind, move.what, move.axes, move.bytes), []).append(move)
-    return [
-        _move_text(same[0], count * sum(move.times for move in same) // same[0].times) for same in together.values()
-    ]
+    return [move_text(same[0], count * sum(move.times for move in same) // same[0].times) for same in together.values()]
 
 
 def _ranges(numbers: list[int]) -> str:

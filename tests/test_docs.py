@@ -44,8 +44,16 @@ def _in_body(module, prefix, node):
             yield from _in_body(module, f"{prefix}.{child.name}".removeprefix("."), child)
 
 
+@pytest.fixture
+def own_cache():
+    """An example may choose a compilation cache; the tests after it go on with theirs."""
+    directory = jax.config.values["jax_compilation_cache_dir"]
+    yield
+    jax.config.update("jax_compilation_cache_dir", directory)
+
+
 @pytest.mark.parametrize(("module", "name", "text", "line"), [*docstring_examples()])
-def test_docstring(module, name, text, line):
+def test_docstring(module, name, text, line, own_cache):
     names = NAMES | vars(importlib.import_module(module)) | {"__name__": module}
     flags = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE | doctest.FAIL_FAST
     file = module.replace(".", "/") + ".py"

@@ -1,0 +1,476 @@
+"""`plan.draw()`: which device holds which tile of a leaf, between steps and where it is used, and what moves between.
+
+    ┌──────┬──────┐
+    │ 0, 4 │ 1, 5 │   rows cut by fsdp, columns by tensor,
+    ├──────┼──────┤   and a copy for each part of data
+    │ 2, 6 │ 3, 7 │
+    └──────┴──────┘
+
+Colours mark axes and are the same in every picture. The tile of the first device is filled, so that the eye can follow
+one device from form to form. A picture is text, SVG and HTML by itself, and PNG where matplotlib is.
+"""
+
+import dataclasses
+import importlib.util
+import itertools
+import math
+import os
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from jax.sharding import Mesh, PartitionSpec
+
+from . import _draw_grid as grids, _draw_scene as scenes, _palette
+from ._context import axes_at
+from ._draw_grid import Cut, Grid, Part, Side
+from ._draw_scene import INK, Area, Label, Line, Scene, Shape, beside, box, words
+from ._errors import ShardingError
+from ._plan import Move, Plan, Record
+from ._plan_text import bytes_text, fold, move_text, spec_text
+
+_MOST_LEAVES = 4
+_CELL_AREA, _ROW_HEIGHT, _BAR = 15_000, 20, 15
+_SMALL = 10
+
+_FORMS = (("storage", "stored"), ("compute", "used"), ("gradient", "gradient"), ("slots", "optimiser state"))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Drawing:
+    """A picture of a plan. The last line of a notebook cell shows it; `print` shows its text.
+
+    Attributes:
+        text: The picture in characters.
+        scene: The picture in shapes.
+    """
+
+    text: str
+    scene: Scene
+
+    def __str__(self) -> str:
+        return self.text
+
+    def __repr__(self) -> str:
+        return self.text
+
+    def _repr_mimebundle_(self, **_: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        # Either PNG or HTML: where there are both, notebooks and code hosts prefer HTML, and hosts strip the SVG in it.
+        if importlib.util.find_spec("matplotlib") is None:
+            return {"text/plain": self.text, "text/html": scenes.svg(self.scene, alone=False)}, {}
+        size = {"width": round(self.scene.width), "height": round(self.scene.height)}
+        return {"text/plain": self.text, "image/png": scenes.png(self.scene)}, {"image/png": size}
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the picture to `path`, as its ending says: `.svg` and `.html` by itself, `.png` by matplotlib.
+
+        Raises:
+            ShardingError: Another ending.
+            ModuleNotFoundError: A PNG, and matplotlib is not installed.
+
+        Example:
+            >>> plan = jp.plan(lambda: {"w": jnp.ones((64, 64))}, jp.mesh(fsdp=-1), [jp.FSDP()])
+            >>> plan.draw().save("/tmp/plan.svg")
+        """
+        path = pathlib.Path(path)
+        if path.suffix == ".png":
+            path.write_bytes(scenes.png(self.scene))
+        elif path.suffix == ".svg":
+            path.write_text(scenes.svg(self.scene, alone=True), encoding="utf-8")
+        elif path.suffix == ".html":
+            path.write_text(_page(self.scene), encoding="utf-8")
+        else:
+            raise ShardingError(
+                f"{path}: a picture is written as .png, .svg or .html, not {path.suffix or 'without'!r}."
+            )
+
+
+def draw(plan: Plan, path: str | None = None) -> Drawing:
+    """A picture of one leaf of `plan`, or of its mesh and its largest leaves.
+
+    Args:
+        plan: Any plan; of a model and a mesh of any size.
+        path: The leaf; equal leaves of other layers lie the same way.
+
+    Raises:
+        ShardingError: The plan has no such leaf.
+    """
+    leaves = [_Leaf(path, plan.find(path), 1)] if path is not None else _largest(plan)
+    mesh = _mesh_grid(plan)
+    title = f"mesh: {plan.hardware.splitlines()[0].split(',')[0]}" if plan.hardware else "mesh"
+    lines, pictures = [title, *_indented(grids.as_text(mesh))], []
+    for leaf in leaves:
+        lines += ["", *_leaf_text(plan, leaf)]
+        pictures.append(_leaf_scene(plan, leaf, with_moves=path is not None))
+    rest = _rest(plan, leaves) if path is None else ""
+    if rest:
+        lines += ["", rest]
+        pictures.append(words(rest, size=_SMALL, opacity=0.75))
+    hues = _palette.hues(plan.axes)
+    overview = scenes.above([words(title, size=12, bold=True), _sheet(mesh, hues), _legend(plan, hues)], 8)
+    scene = beside([overview, scenes.above(pictures, 22)], 44)
+    return Drawing("\n".join(lines), scenes.framed(scene, 14))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Leaf:
+    """Leaves that lie alike: their name, the record of one, and how many they are."""
+
+    name: str
+    record: Record
+    count: int
+
+
+@dataclasses.dataclass(frozen=True)
+class _Panel:
+    """One form of a leaf: which of its four specs have it, and its tiles."""
+
+    fields: tuple[str, ...]
+    title: str
+    note: str
+    grid: Grid
+
+
+def _largest(plan: Plan) -> list[_Leaf]:
+    """The leaves that weigh most, those of one layout together, matrices before vectors."""
+    records = list(plan.parameters) or list(plan.records.values())
+    keys = [_layout(record) for record in records]
+    together: dict[Any, list[tuple[str, list[int]]]] = {}
+    for name, members in fold([record.path for record in records], keys):
+        together.setdefault(keys[members[0]], []).append((name, members))
+    leaves = []
+    for groups in together.values():
+        names, members = [name for name, _ in groups], [index for _, each in groups for index in each]
+        more = f" and {len(names) - 2} more" if len(names) > 2 else ""
+        leaves.append(_Leaf(", ".join(names[:2]) + more, records[members[0]], len(members)))
+    leaves.sort(key=lambda leaf: (len(leaf.record.shape) - leaf.record.layers < 2, -leaf.record.num_bytes * leaf.count))
+    return leaves[:_MOST_LEAVES]
+
+
+def _layout(record: Record) -> Any:
+    """What leaves that lie alike have in common."""
+    forms = (record.storage, record.compute, record.gradient, record.slots)
+    return record.shape, str(record.dtype), record.slot, forms, str(record.compute_dtype), record.layers, record.remat
+
+
+def _rest(plan: Plan, leaves: Sequence[_Leaf]) -> str:
+    """How much of the model is not drawn."""
+    everything = list(plan.parameters) or list(plan.records.values())
+    number = len(everything) - sum(leaf.count for leaf in leaves)
+    if not number:
+        return ""
+    total = sum(record.num_bytes for record in everything)
+    drawn = sum(leaf.record.num_bytes * leaf.count for leaf in leaves)
+    share = f"{100 * (total - drawn) / max(total, 1):.1f}% of the bytes"
+    return f"and {number} smaller leaves, {share}: plan.draw(path) draws any"
+
+
+def _mesh_grid(plan: Plan) -> Grid:
+    """The mesh as a matrix of devices: outer axes from top to bottom, inner ones from left to right."""
+    cuts = [(axis, size) for axis, size in plan.axes.items() if size > 1]
+    rows, columns = cuts[: len(cuts) // 2 + len(cuts) % 2], cuts[len(cuts) // 2 + len(cuts) % 2 :]
+    if len(cuts) == 1:
+        rows, columns = [], cuts
+
+    def side(cuts: Sequence[Cut]) -> Side:
+        parts = len(Side(caption="", cuts=tuple(cuts)).parts())
+        return Side(caption=" × ".join(f"{axis} {size}" for axis, size in cuts), cuts=tuple(cuts), length=parts)
+
+    return Grid(rows=side(rows), columns=side(columns), copies=(), ids=_ids(plan), axes=tuple(plan.axes))
+
+
+def _panels(plan: Plan, record: Record) -> list[_Panel]:
+    """The forms of a leaf, equal ones together."""
+    wanted = {"parameter": _FORMS, "frozen": _FORMS[:2]}.get(record.slot, _FORMS[:1])
+    together: dict[PartitionSpec, list[str]] = {}
+    for field, _ in wanted:
+        together.setdefault(getattr(record, field), []).append(field)
+    panels = []
+    for spec, fields in together.items():
+        title = ", ".join(name for field, name in wanted if field in fields)
+        panels.append(
+            _Panel(tuple(fields), title, _panel_note(plan, record, spec, fields), _leaf_grid(plan, record, spec))
+        )
+    return panels
+
+
+def _panel_note(plan: Plan, record: Record, spec: PartitionSpec, fields: Sequence[str]) -> str:
+    """A form's spec, and what it takes of a device."""
+    text = spec_text(spec, len(record.shape))
+    local = math.prod(plan.local_shape(record.shape, spec))
+    if "storage" in fields or "gradient" in fields:
+        return f"{text}  {bytes_text(local * record.dtype.itemsize)} a device"
+    if "compute" in fields:
+        layers = max(record.shape[0], 1) if record.layers else 1
+        each = bytes_text(local // layers * np.dtype(record.compute_dtype).itemsize)
+        return f"{text}  {each} a device" + (", a layer at a time" if record.layers else "")
+    return text
+
+
+def _leaf_grid(plan: Plan, record: Record, spec: PartitionSpec) -> Grid:
+    """The tiles of a leaf: two of its dims as rows and columns, cut ones first, then the longest."""
+    shape = record.shape[record.layers :]
+    entries = [axes_at(entry) for entry in spec] + [()] * len(record.shape)
+    cuts = [
+        tuple((axis, plan.axes[axis]) for axis in entries[record.layers + dim] if plan.axes[axis] > 1)
+        for dim in range(len(shape))
+    ]
+    by_need = sorted(range(len(shape)), key=lambda dim: (not cuts[dim], -shape[dim]))
+    num_cut = sum(map(bool, cuts))
+    chosen = sorted(by_need[: max(2, num_cut)])
+    rows, columns = (chosen[:-1], chosen[-1:]) if len(chosen) > 1 else ([], chosen)
+    used = {axis for each in cuts for axis, _ in each}
+    copies = tuple((axis, size) for axis, size in plan.axes.items() if axis not in used and size > 1)
+
+    def side(dims: Sequence[int]) -> Side:
+        captions = [_caption(shape[dim], cuts[dim]) for dim in dims]
+        length = math.prod(shape[dim] for dim in dims)
+        return Side(caption=" · ".join(captions), cuts=sum((cuts[dim] for dim in dims), ()), length=length)
+
+    return Grid(rows=side(rows), columns=side(columns), copies=copies, ids=_ids(plan), axes=tuple(plan.axes))
+
+
+def _caption(size: int, cuts: Sequence[Cut]) -> str:
+    if not cuts:
+        return str(size)
+    left = size // math.prod(number for _, number in cuts)
+    return f"{size} = {' × '.join(f'{axis} {number}' for axis, number in cuts)} × {left}"
+
+
+def _ids(plan: Plan) -> np.ndarray:
+    """The number of each device, in the shape of the mesh; counted where the devices are not here."""
+    mesh = getattr(plan, "mesh", None)
+    if isinstance(mesh, Mesh):
+        return np.vectorize(lambda device: device.id, otypes=[int])(mesh.devices)
+    return np.arange(plan.num_devices).reshape(tuple(plan.axes.values()))
+
+
+def _title_note(leaf: _Leaf) -> str:
+    """What a leaf is: dtype, shape, size; which of its dims are drawn; how many there are."""
+    record = leaf.record
+    shape = record.shape[record.layers :]
+    notes = [f"{record.dtype} {'×'.join(map(str, shape)) or 'scalar'}"]
+    if record.layers:
+        notes.append(f"{record.shape[0]} layers stacked, one is drawn")
+    if leaf.count > 1:
+        notes.append(f"{leaf.count} of these, {bytes_text(record.num_bytes)} each")
+    else:
+        notes.append(bytes_text(record.num_bytes))
+    if len(shape) > 2:
+        notes.append("cut or longest dims drawn")
+    return ", ".join(notes)
+
+
+def _leaf_text(plan: Plan, leaf: _Leaf) -> list[str]:
+    lines = [f"{leaf.name}  {_title_note(leaf)}"]
+    for panel in _panels(plan, leaf.record):
+        grid = panel.grid
+        sides = (
+            f"rows {grid.rows.caption}, columns {grid.columns.caption}" if grid.rows.caption else grid.columns.caption
+        )
+        lines.append(f"  {panel.title}: {panel.note}")
+        lines += _indented([*([sides] if sides else []), *grids.as_text(grid)])
+        lines += _indented([grid.copies_text()] if grid.copies else [])
+    return [*lines, *(f"  {text}" for text in _moves_text(plan, leaf))]
+
+
+def _indented(lines: Sequence[str]) -> list[str]:
+    return [f"    {line}" for line in lines]
+
+
+def _moves_text(plan: Plan, leaf: _Leaf) -> list[str]:
+    return [f"{move_text(move, 1)}, {move.when}" for move in plan.moves(leaf.record)]
+
+
+def _leaf_scene(plan: Plan, leaf: _Leaf, *, with_moves: bool) -> Scene:
+    """A leaf's forms from left to right, what moves between neighbours as arrows between them."""
+    hues = _palette.hues(plan.axes)
+    panels, moves = _panels(plan, leaf.record), plan.moves(leaf.record)
+    pieces = [_panel_scene(panels[0], hues)]
+    for left, right in itertools.pairwise(panels):
+        pieces += [_arrows(left, right, moves, hues), _panel_scene(right, hues)]
+    lines = [words(leaf.name, size=12, bold=True), words(_title_note(leaf), size=_SMALL, opacity=0.75)]
+    body = [scenes.above(lines, 1), beside(pieces, 12, align="middle")]
+    if with_moves and moves:
+        told = [words(f"{move_text(move, 1)}, {move.when}", size=_SMALL) for move in moves]
+        marks = [beside([_swatches(move.axes, hues), line], 6) for move, line in zip(moves, told, strict=True)]
+        body.append(scenes.above([words("In a step:", size=_SMALL, bold=True), *marks], 2))
+    return scenes.above(body, 8)
+
+
+def _panel_scene(panel: _Panel, hues: dict[str, str]) -> Scene:
+    head = [words(panel.title, bold=True), words(panel.note, size=_SMALL, opacity=0.75)]
+    return scenes.above([*head, _sheet(panel.grid, hues)], 2)
+
+
+def _sheet(grid: Grid, hues: dict[str, str]) -> Scene:
+    """A matrix in tiles: rulers in the colours of the axes, lines between tiles, edges of copies behind."""
+    rows, columns = grid.rows.parts(), grid.columns.parts()
+    widest = max((_fullest(grid, row, column) for row in rows for column in columns), default=0.0)
+    ratio = min(max(grid.columns.length / grid.rows.length, 0.5), 2.5)
+    room = 44 if len(columns) > 8 else 62
+    width = max(
+        math.sqrt(_CELL_AREA * ratio),
+        len(columns) * min(max(widest + 10, 30), room),
+        scenes.text_width(grid.columns.caption, _SMALL) + 4,
+    )
+    height = max(
+        math.sqrt(_CELL_AREA / ratio), len(rows) * _ROW_HEIGHT, scenes.text_width(grid.rows.caption, _SMALL) + 4
+    )
+    left, top = _margin(grid.rows), _margin(grid.columns)
+    across, down = _places(columns, width), _places(rows, height)
+    shapes: list[Shape] = []
+    first = int(np.ravel(grid.ids)[0])
+    for row, (y0, y1) in zip(rows, down, strict=True):
+        for column, (x0, x1) in zip(columns, across, strict=True):
+            shapes += _tile(grid, (row, column), (left + x0, top + y0, x1 - x0, y1 - y0), first)
+    shapes += _seams(grid.columns, across, hues, (left, top), height, upright=True)
+    shapes += _seams(grid.rows, down, hues, (left, top), width, upright=False)
+    corners = ((left, top), (left + width, top), (left + width, top + height), (left, top + height), (left, top))
+    shapes.append(Line(points=corners, opacity=0.7))
+    shapes += _ruler(grid.columns, across, hues, at=left, upright=False)
+    shapes += _ruler(grid.rows, down, hues, at=top, upright=True)
+    edges = [hues[axis] for axis, size in grid.copies for _ in range(min(size - 1, 2))][:4]
+    for place, hue in enumerate(edges):
+        shapes.append(_edge(left, top, width, height, 2 + 6 * place, hue))
+    bottom = top + height + 6 * len(edges)
+    if grid.copies:
+        note = grid.copies_text()
+        shapes.append(Label(at=(left, bottom + 14), text=note, size=_SMALL))
+        bottom += 18
+        width = max(width, scenes.text_width(note, _SMALL) - 6 * len(edges))
+    return Scene(left + width + 6 * len(edges) + 2, bottom + 2, tuple(shapes))
+
+
+def _fullest(grid: Grid, row: Part, column: Part) -> float:
+    name = next(grids.names(grid.holders(row, column)), "")
+    return scenes.text_width(name, 11)
+
+
+def _margin(side: Side) -> float:
+    return (16 if side.caption else 0) + (_BAR + 3) * len(side.cuts)
+
+
+def _places(parts: Sequence[Part], length: float) -> list[tuple[float, float]]:
+    """Where each part begins and ends; folded ones are narrower."""
+    weights = [0.7 if None in part else 1.0 for part in parts]
+    unit, place, places = length / sum(weights), 0.0, []
+    for weight in weights:
+        places.append((place, place + weight * unit))
+        place += weight * unit
+    return places
+
+
+def _tile(grid: Grid, part: tuple[Part, Part], where: tuple[float, float, float, float], first: int) -> list[Shape]:
+    x, y, width, height = where
+    ids = grid.holders(*part)
+    middle = (x + width / 2, y + height / 2 + 4)
+    if not ids:
+        mark = "⋮" if None in part[0] else "⋯"
+        return [Label(at=middle, text=mark, anchor="middle", opacity=0.6)]
+    shapes: list[Shape] = [box(x, y, width, height, opacity=0.3 if first in ids else 0.06)]
+    name = next((name for name in grids.names(ids) if scenes.text_width(name, 11) <= width), None)
+    if name:
+        shapes.append(Label(at=middle, text=name, anchor="middle", bold=first in ids))
+    return shapes
+
+
+def _seams(
+    side: Side, places: Sequence[tuple[float, float]], hues: dict[str, str], at: tuple[float, float], length: float,
+    *, upright: bool,
+) -> list[Shape]:  # fmt: skip
+    """The lines between parts, in the colour of the axis that makes them, outer axes thicker."""
+    shapes: list[Shape] = []
+    parts = side.parts()
+    for before, after, (place, _) in zip(parts, parts[1:], places[1:], strict=False):
+        level = next(level for level, (a, b) in enumerate(zip(before, after, strict=False)) if a != b)
+        axis = side.cuts[level][0]
+        x, y = at
+        ends = ((x + place, y), (x + place, y + length)) if upright else ((x, y + place), (x + length, y + place))
+        is_outer = level == 0 and len(side.cuts) > 1
+        shapes.append(Line(points=ends, color=hues[axis], width=4.0 if is_outer else 2.5))
+    return shapes
+
+
+def _ruler(
+    side: Side, places: Sequence[tuple[float, float]], hues: dict[str, str], *, at: float, upright: bool
+) -> list[Shape]:
+    """Above or left of a matrix: its size, and a bar for each axis with the coordinates along it."""
+    shapes: list[Shape] = []
+    middle = at + (places[-1][1]) / 2
+    if side.caption:
+        place = (11, middle) if upright else (middle, 11)
+        shapes.append(Label(at=place, text=side.caption, size=_SMALL, anchor="middle", turned=upright))
+    for level, (axis, _) in enumerate(side.cuts):
+        offset = 16 + (_BAR + 3) * level
+        for coordinate, first, last in side.runs(level):
+            start, end = at + places[first][0] + 1, at + places[last][1] - 1
+            corner = (offset, start, _BAR, end - start) if upright else (start, offset, end - start, _BAR)
+            shapes.append(box(*corner, fill=hues[axis]))
+            center = (corner[0] + corner[2] / 2, corner[1] + corner[3] / 2 + 3.6)
+            ink = _palette.on(hues[axis])
+            shapes.append(Label(at=center, text=str(coordinate), size=_SMALL, anchor="middle", color=ink))
+    return shapes
+
+
+def _edge(left: float, top: float, width: float, height: float, out: float, hue: str) -> Area:
+    """What shows of a sheet behind another: its right and its lower edge, `out` further."""
+    thick, x, y = 4, left + width + out, top + height + out
+    points = (
+        (x, top + out + thick), (x + thick, top + out + thick), (x + thick, y + thick),
+        (left + out + thick, y + thick), (left + out + thick, y), (x, y),
+    )  # fmt: skip
+    return Area(points=points, fill=hue)
+
+
+def _arrows(left: _Panel, right: _Panel, moves: Sequence[Move], hues: dict[str, str]) -> Scene:
+    """The moves between two forms: from left to right above, back below."""
+    ends = {"weight": ("storage", "compute"), "gradient": ("compute", "gradient"), "update": ("slots", "storage")}
+    pieces, seen = [], set()
+    for move in moves:
+        if move.what not in ends or (move.what, move.kind, move.axes) in seen:
+            continue
+        start, end = ends[move.what]
+        if (start in left.fields and end in right.fields) or (start in right.fields and end in left.fields):
+            seen.add((move.what, move.kind, move.axes))
+            pieces.append(_arrow(move, hues, back=start in right.fields))
+    return scenes.above(pieces, 10) if pieces else Scene(16, 0)
+
+
+def _arrow(move: Move, hues: dict[str, str], *, back: bool) -> Scene:
+    over, under = f"{move.kind} {move.what}", f"over {', '.join(move.axes)}: {bytes_text(move.bytes)}"
+    width = max(scenes.text_width(text, _SMALL) for text in (over, under)) + 8
+    start, end, tip = (10.0, width, 0.0) if back else (0.0, width - 10, width)
+    step = (end - start) / len(move.axes)
+    shapes: list[Shape] = [Label(at=(width / 2, 10), text=over, size=_SMALL, anchor="middle")]
+    for place, axis in enumerate(move.axes):
+        x = start + place * step
+        shapes.append(Line(points=((x, 20), (x + step, 20)), color=hues[axis], width=3))
+    base, hue = (start, hues[move.axes[0]]) if back else (end, hues[move.axes[-1]])
+    shapes.append(Area(points=((base, 14), (tip, 20), (base, 26)), fill=hue))
+    shapes.append(Label(at=(width / 2, 37), text=under, size=_SMALL, anchor="middle"))
+    return Scene(width, 40, tuple(shapes))
+
+
+def _swatches(axes: Sequence[str], hues: dict[str, str]) -> Scene:
+    return beside([Scene(10, 14, (box(0, 2, 10, 10, fill=hues[axis]),)) for axis in axes], 2)
+
+
+def _legend(plan: Plan, hues: dict[str, str]) -> Scene:
+    """Which colour is which axis, and what is filled."""
+    lines = [
+        beside([_swatches([axis], hues), words(f"{axis} {size}", size=_SMALL)], 6)
+        for axis, size in plan.axes.items()
+        if size > 1
+    ]
+    filled = Scene(10, 14, (box(0, 2, 10, 10, fill=INK, opacity=0.3),))
+    first = int(np.ravel(_ids(plan))[0])
+    return scenes.above([*lines, beside([filled, words(f"device {first}", size=_SMALL)], 6)], 2)
+
+
+def _page(scene: Scene) -> str:
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="color-scheme" content="light dark">'
+        f"<title>A plan</title></head>\n<body>{scenes.svg(scene, alone=False)}</body></html>\n"
+    )

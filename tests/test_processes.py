@@ -1,0 +1,94 @@
+"""The same script on one process with eight devices and on two with four each: the same plan, the same losses."""
+
+import socket
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+SCRIPT = textwrap.dedent("""
+    import sys
+    import jax
+    import numpy as np
+
+    process, count, port = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+    jax.config.update("jax_num_cpu_devices", 8 // count)
+    jax.config.update("jax_default_matmul_precision", "highest")
+    if count > 1:
+        jax.distributed.initialize(f"localhost:{port}", count, process, initialization_timeout=60)
+
+    import jax.numpy as jnp
+    import optax
+    from flax import nnx
+    import jaxpar as jp
+
+    class Model(nnx.Module):
+        def __init__(self, rngs):
+            self.up = nnx.Linear(64, 128, rngs=rngs)
+            self.down = nnx.Linear(128, 64, rngs=rngs)
+
+        def __call__(self, x):
+            return self.down(nnx.gelu(self.up(x)))
+
+    def loss_fn(model, x):
+        return jnp.mean((model(x) - x) ** 2)
+
+    mesh = jp.mesh(data=2, fsdp=2, tensor=2)
+    strategies = [jp.DP(), jp.FSDP(), jp.TP(column=["up"], row=["down"])]
+    plan = jp.plan(lambda: Model(nnx.Rngs(0)), mesh, strategies)
+    model = plan.init()
+    opt = nnx.Optimizer(model, optax.adam(1e-2), wrt=nnx.Param)
+
+    @plan.jit
+    def train_step(model, opt, batch):
+        loss, grads = jp.value_and_grad(loss_fn, accumulate=2)(model, batch)
+        opt.update(model, grads)
+        return loss
+
+    x = np.random.default_rng(0).normal(size=(16, 64)).astype(np.float32)
+    mine = x[process * 16 // count : (process + 1) * 16 // count]
+    losses = [float(train_step(model, opt, plan.batch(mine))) for _ in range(4)]
+    print("losses", *(f"{loss:.7f}" for loss in losses), "compiled", train_step.num_compilations, flush=True)
+""")
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        return probe.getsockname()[1]
+
+
+def run(count, port, env):
+    env = {**env, "JAX_NUM_CPU_DEVICES": str(8 // count)}
+    children = [
+        subprocess.Popen(
+            [sys.executable, "-c", SCRIPT, str(process), str(count), str(port)],
+            env=env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for process in range(count)
+    ]
+    try:
+        outputs = [child.communicate(timeout=150) for child in children]
+    finally:
+        for child in children:
+            child.kill()
+    for child, (_, err) in zip(children, outputs, strict=True):
+        assert child.returncode == 0, err
+    return [next(line for line in out.splitlines() if line.startswith("losses")) for out, _ in outputs]
+
+
+@pytest.mark.multiprocess
+def test_two_processes_compute_what_one_does(child_env):
+    port = free_port()
+    (alone,) = run(1, port, child_env)
+    first, second = run(2, port, child_env)
+    assert first == second
+
+    one, two = (line.split() for line in (alone, first))
+    assert one[-2:] == two[-2:] == ["compiled", "1"]
+    for a, b in zip(one[1:5], two[1:5], strict=True):
+        assert abs(float(a) - float(b)) <= 2e-6 * abs(float(a))
