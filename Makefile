@@ -22,7 +22,7 @@ help:
 	@sed -n '1,4s/^# //p' Makefile
 
 demo: .venv/installed
-	$(BIN)/python -m jaxpar train models.gpt:demo --mesh meshes/cpu_8.toml --directory runs/demo $(ARGS)
+	$(BIN)/python -m models.gpt $(ARGS)
 
 test: .venv/installed-dev
 	$(BIN)/python -m pytest -n 2 $(ARGS)

@@ -19,7 +19,7 @@ from ._plan import Plan, Record, as_dtype, axis_sizes
 from ._precision import Precision
 from ._slots import Matcher
 from ._step import StepFunction
-from ._strategy import Strategy, resolve
+from ._strategy import Strategy, check_types, resolve
 from ._types import AnyMesh, Axes, Factory, PyTree
 from .parallel import FSDP
 
@@ -50,7 +50,8 @@ def plan(
         trainable: A pattern, several, or a function of a path: parameters to train. The others are frozen: no gradient,
             no optimiser state. By default all are trained.
         dims: `(path pattern, names of dims)` rules for models that carry no names: `("*.wq", ("embed", "heads"))`. A
-            first name `"layers"` says that the leaf stacks equal blocks.
+            first name `"layers"` says that the leaf stacks equal blocks, `...` that no further dim has a name:
+            `("blocks.*", ("layers", ...))`.
         precision: The dtypes in which parameters are stored, read and summed.
 
     Raises:
@@ -63,26 +64,28 @@ def plan(
         P('fsdp',)
     """
     precision = precision or Precision()
-    strategies = tuple(strategies)
+    strategies = check_types(strategies)
     sizes = axis_sizes(mesh)
-    blocks = {
-        each.blocks: each.remat or "full" for each in strategies if isinstance(each, FSDP) and each.blocks is not None
-    }
+    rules = _rules.as_rules(dims)
+    blocks = {each.blocks: each.remat for each in strategies if isinstance(each, FSDP) and each.blocks is not None}
     birth = _birth.conceive(factory, blocks=blocks, param_dtype=precision.param)
     is_trained = _rules.predicate(trainable)
-    leaves = {path: _leaf(path, birth, is_trained(path)) for path, slot in birth.slots.items() if slot == "parameter"}
+    leaves = {path: _leaf(path, birth, is_trained) for path, slot in birth.slots.items() if slot == "parameter"}
     draft = _rules.Draft(sizes=sizes, leaves=leaves)
-    draft.problems += _rules.name_dims(leaves, _rules.as_rules(dims))
-    if trainable is not None and not any(leaf.trainable for leaf in leaves.values()):
-        draft.problems.append(
-            f"trainable={trainable!r} chooses none of {len(leaves)} parameters. Leave it out to train all."
-        )
+    draft.problems += [*_rules.name_dims(leaves, rules), *_rules.check_names(leaves)]
+    draft.notes += _rules.unused_names(leaves)
+    if trainable is not None and not callable(trainable):
+        patterns = (trainable,) if isinstance(trainable, str) else tuple(trainable)
+        draft.problems += _rules.check_patterns(patterns, draft.paths(), "trainable")
+    elif not any(leaf.trainable for leaf in leaves.values()):
+        draft.problems.append(f"trainable chooses none of {len(leaves)} parameters. Leave it out to train all.")
     resolve(strategies, draft)
     records = {path: _record(path, birth, draft, precision) for path in birth.shapes}
+    records |= _optimizer_records(birth, records)
     bound = BoundPlan(
         axes=sizes,
         records=records,
-        dims=dict(draft.dims),
+        dims={dim: _in_mesh_order(sizes, axes) for dim, axes in sorted(draft.dims.items())},
         replicas=_in_mesh_order(sizes, (axis for axis in draft.replicas if axis not in draft.shards)),
         shards=_in_mesh_order(sizes, draft.shards),
         strategies=tuple(sorted(map(_describe, strategies))),
@@ -179,6 +182,9 @@ class BoundPlan(Plan):
     def shard(self, tree: PyTree) -> PyTree:
         """Place a model that exists already, or any state of it, as the plan says: each leaf is moved once.
 
+        In a plain pytree, what lies in a NamedTuple (all of Optax's states) or is not floating may be unknown to the
+        plan, and is then whole on every device.
+
         nnx modules are changed in place and returned. A list of blocks that the plan stacks must be stacked already:
         load weights into `plan.init()`'s model by `nnx.update`, or make the weights in the factory.
 
@@ -187,17 +193,18 @@ class BoundPlan(Plan):
         """
         self._check_attached("shard")
         flat = _tree.flatten(tree)
+        slots = optimizer_paths(tree)
         unknown = [
-            f"{path} {leaf.shape}"
+            f"{path} {tuple(np.shape(leaf))}{self._shape_here(path)}"
             for path, leaf in flat.leaves.items()
-            if path in flat.kinds and _is_parameter(flat.kinds[path]) and self.matcher.match(path, leaf.shape) is None
+            if self._must_know(path, leaf, flat, slots) and not self._knows(path, np.shape(leaf))
         ]
         if unknown:
             raise ShardingError(
                 f"the plan has no parameter for\n{listed(unknown)}\nPlan this model: jp.plan(lambda: Model(...), ...)."
             )
         placed = {
-            path: jax.device_put(leaf, self._sharding_of(path, leaf, flat, tree)) for path, leaf in flat.leaves.items()
+            path: jax.device_put(leaf, self._sharding_of(path, leaf, flat, slots)) for path, leaf in flat.leaves.items()
         }
         return _tree.replace(tree, placed)
 
@@ -208,7 +215,8 @@ class BoundPlan(Plan):
             For a pytree the same structure; for nnx objects a dict by path.
         """
         flat = _tree.flatten(tree)
-        found = {path: self._sharding_of(path, leaf, flat, tree) for path, leaf in flat.leaves.items()}
+        slots = optimizer_paths(tree)
+        found = {path: self._sharding_of(path, leaf, flat, slots) for path, leaf in flat.leaves.items()}
         return found if flat.kinds else flat.build(found)
 
     def jit(
@@ -276,7 +284,8 @@ class BoundPlan(Plan):
     def batch(self, batch: PyTree) -> PyTree:
         """The global batch from this process's part of it, its first dim split over the batch axes.
 
-        With one process that is the whole batch. Moves each row once, from host to the device that needs it. Scalars
+        With one process that is the whole batch; processes that hold the same rows, because another axis runs across
+        them, each give these. Moves each row once, from host to the device that needs it. Scalars
         are replicated.
 
         Args:
@@ -294,21 +303,20 @@ class BoundPlan(Plan):
         self._check_attached("batch")
         flat = _tree.flatten(batch)
         _check_batch(flat.leaves, self)
-        processes = jax.process_count()
+        parts = _row_parts(self)
 
         def place(leaf: Any) -> jax.Array:
             if np.ndim(leaf) == 0:
                 return jax.device_put(leaf, self.sharding(PartitionSpec()))
-            if processes == 1:
+            if parts == 1:
                 return jax.device_put(leaf, self.batch_sharding)
-            shape = (leaf.shape[0] * processes, *leaf.shape[1:])
+            shape = (leaf.shape[0] * parts, *leaf.shape[1:])
             return jax.make_array_from_process_local_data(self.batch_sharding, np.asarray(leaf), shape)
 
         return flat.build({path: place(leaf) for path, leaf in flat.leaves.items()})
 
     def records_of(self, optimizer: Any) -> dict[str, Record]:
         """Records of the state that `optimizer` keeps for this plan's trained parameters."""
-
         model = self.birth.build(self.birth.shapes)
         if _tree.is_graph(model):
             from flax import nnx
@@ -318,19 +326,8 @@ class BoundPlan(Plan):
             is_state = hasattr(model, "params") or (isinstance(model, dict) and "params" in model)
             params = model["params"] if isinstance(model, dict) and is_state else getattr(model, "params", model)
             params = self.trained(params, prefix="params." if is_state else "")
-        shapes = jax.eval_shape(optimizer.init, params)
-        records = {}
-        for path, leaf in _tree.leaves(shapes).items():
-            match = self.matcher.match(path, leaf.shape)
-            records[path] = Record(
-                path=path,
-                shape=leaf.shape,
-                dtype=leaf.dtype,
-                slot="optimizer",
-                storage=match.slots if match else PartitionSpec(),
-                reasons=((("optimizer", match.why if match else "belongs to no parameter: whole"),)),
-            )
-        return records
+        shapes = _tree.leaves(jax.eval_shape(optimizer.init, params))
+        return {path: _slot_record(path, shape, self.matcher) for path, shape in shapes.items()}
 
     def trained(self, params: PyTree, *, prefix: str = "") -> PyTree:
         """The trained parameters of a plain pytree: itself if all are, else a dict by path."""
@@ -344,18 +341,35 @@ class BoundPlan(Plan):
 
         return draw(self, path)
 
-    def _sharding_of(self, path: str, leaf: Any, flat: _tree.Flat, tree: PyTree) -> NamedSharding:
+    def _sharding_of(self, path: str, leaf: Any, flat: _tree.Flat, slots: set[str]) -> NamedSharding:
         kind = flat.kinds.get(path)
         if kind is not None:
             if not (_is_parameter(kind) or _is_optimizer(kind)):
                 return self.sharding(PartitionSpec())
             is_slot = _is_optimizer(kind)
         else:
-            is_slot = path in optimizer_paths(tree)
+            is_slot = path in slots
         match = self.matcher.match(path, leaf.shape)
         if match is None:
             return self.sharding(PartitionSpec())
         return self.sharding(match.slots if is_slot else match.storage)
+
+    def _must_know(self, path: str, leaf: Any, flat: _tree.Flat, slots: set[str]) -> bool:
+        """Whether a leaf that is to be placed can only be a parameter."""
+        if path in flat.kinds:
+            return _is_parameter(flat.kinds[path])
+        known = self.records.get(path)
+        if known is not None and known.slot not in ("parameter", "frozen"):
+            return False
+        return path not in slots and np.ndim(leaf) > 0 and jnp.issubdtype(leaf.dtype, jnp.inexact)
+
+    def _knows(self, path: str, shape: tuple[int, ...]) -> bool:
+        """Whether the plan has a parameter at `path`, or one that ends so, of this shape: part of a model may come."""
+        match = self.matcher.match(path, shape)
+        return match is not None and (match.is_parameter or f".{match.record.path}".endswith(f".{path}"))
+
+    def _shape_here(self, path: str) -> str:
+        return f": here it is {self.records[path].shape}" if path in self.records else ""
 
     def _check_attached(self, what: str) -> None:
         if not isinstance(self.mesh, Mesh):
@@ -393,18 +407,18 @@ def _is_optimizer(kind: type) -> bool:
     return issubclass(kind, nnx.OptState)
 
 
-def _leaf(path: str, birth: Birth, trained: bool) -> _rules.Leaf:
+def _leaf(path: str, birth: Birth, is_trained: _rules.Predicate) -> _rules.Leaf:
     shape = birth.shapes[path]
-    names = birth.names.get(path)
-    layers = int(path in birth.layers)
+    alias = birth.aliases.get(path, path)
     return _rules.Leaf(
         path=path,
         shape=shape.shape,
         itemsize=shape.dtype.itemsize,
-        layers=layers,
-        names=names,
+        alias=alias,
+        layers=int(path in birth.layers),
+        names=birth.names.get(path),
         owner=birth.owners.get(path, ""),
-        trainable=trained,
+        trainable=is_trained(alias),
     )
 
 
@@ -424,9 +438,32 @@ def _record(path: str, birth: Birth, draft: _rules.Draft, precision: Precision) 
         gradient=as_spec(leaf.gradient),
         slots=as_spec(leaf.slots),
         compute_dtype=as_dtype(precision.compute or shape.dtype) if floating else as_dtype(shape.dtype),
+        role=leaf.role,
         layers=leaf.layers,
         remat=path in birth.remat,
         reasons=tuple(leaf.reasons),
+    )
+
+
+def _optimizer_records(birth: Birth, records: dict[str, Record]) -> dict[str, Record]:
+    """Records of the optimiser's state that the factory itself makes, as in a `TrainState`."""
+    matcher = Matcher(records)
+    found = {}
+    for path, slot in birth.slots.items():
+        if slot == "optimizer":
+            found[path] = _slot_record(path, birth.shapes[path], matcher)
+    return found
+
+
+def _slot_record(path: str, shape: Any, matcher: Matcher) -> Record:
+    match = matcher.match(path, shape.shape)
+    return Record(
+        path=path,
+        shape=shape.shape,
+        dtype=as_dtype(shape.dtype),
+        slot="optimizer",
+        storage=match.slots if match else PartitionSpec(),
+        reasons=(("optimizer", match.why if match else "belongs to no parameter: whole"),),
     )
 
 
@@ -447,6 +484,16 @@ def _in_mesh_order(sizes: dict[str, int], axes: Any) -> Axes:
     return tuple(axis for axis in sizes if axis in chosen and sizes[axis] > 1)
 
 
+def _row_parts(plan: BoundPlan) -> int:
+    """Into how many parts the processes split a batch's rows: fewer than processes where several hold the same rows."""
+    if jax.process_count() == 1:
+        return 1
+    held: dict[int, set[Any]] = {}
+    for device, (rows,) in plan.batch_sharding.devices_indices_map((plan.num_batch_shards,)).items():
+        held.setdefault(device.process_index, set()).add(rows.start)
+    return len({frozenset(rows) for rows in held.values()})
+
+
 def _check_batch(leaves: dict[str, Any], plan: BoundPlan) -> None:
     rows = {path: np.shape(leaf)[0] for path, leaf in leaves.items() if np.ndim(leaf)}
     if len(set(rows.values())) > 1:
@@ -454,7 +501,7 @@ def _check_batch(leaves: dict[str, Any], plan: BoundPlan) -> None:
         raise ShardingError(
             f"the arrays of a batch have different leading sizes:\n{shown}\nGive each the batch as first dim."
         )
-    number = next(iter(rows.values()), 0) * jax.process_count()
+    number = next(iter(rows.values()), 0) * _row_parts(plan)
     parts = plan.num_batch_shards
     if number % parts:
         below = number // parts * parts

@@ -31,6 +31,7 @@ from ._plan import Move, Plan, Record
 from ._plan_text import bytes_text, fold, move_text, spec_text
 
 _MOST_LEAVES = 4
+_MOST_ROWS, _MOST_COLUMNS = 16, 10
 _CELL_AREA, _ROW_HEIGHT, _BAR = 15_000, 20, 15
 _SMALL = 10
 
@@ -98,8 +99,8 @@ def draw(plan: Plan, path: str | None = None) -> Drawing:
     """
     leaves = [_Leaf(path, plan.find(path), 1)] if path is not None else _largest(plan)
     mesh = _mesh_grid(plan)
-    title = f"mesh: {plan.hardware.splitlines()[0].split(',')[0]}" if plan.hardware else "mesh"
-    lines, pictures = [title, *_indented(grids.as_text(mesh))], []
+    hardware = plan.hardware.partition(",")[0] or f"{plan.num_devices} devices"
+    lines, pictures = [f"mesh  {hardware}", *_indented([_sides_text(mesh), *grids.as_text(mesh)])], []
     for leaf in leaves:
         lines += ["", *_leaf_text(plan, leaf)]
         pictures.append(_leaf_scene(plan, leaf, with_moves=path is not None))
@@ -108,7 +109,8 @@ def draw(plan: Plan, path: str | None = None) -> Drawing:
         lines += ["", rest]
         pictures.append(words(rest, size=_SMALL, opacity=0.75))
     hues = _palette.hues(plan.axes)
-    overview = scenes.above([words(title, size=12, bold=True), _sheet(mesh, hues), _legend(plan, hues)], 8)
+    title = [words("mesh", size=12, bold=True), words(hardware, size=_SMALL, opacity=0.75)]
+    overview = scenes.above([scenes.above(title, 1), _sheet(mesh, hues), _legend(plan, hues)], 8)
     scene = beside([overview, scenes.above(pictures, 22)], 44)
     return Drawing("\n".join(lines), scenes.framed(scene, 14))
 
@@ -133,7 +135,7 @@ class _Panel:
 
 
 def _largest(plan: Plan) -> list[_Leaf]:
-    """The leaves that weigh most, those of one layout together, matrices before vectors."""
+    """The leaves that weigh most, those of one layout together; vectors only where there are no matrices."""
     records = list(plan.parameters) or list(plan.records.values())
     keys = [_layout(record) for record in records]
     together: dict[Any, list[tuple[str, list[int]]]] = {}
@@ -144,8 +146,8 @@ def _largest(plan: Plan) -> list[_Leaf]:
         names, members = [name for name, _ in groups], [index for _, each in groups for index in each]
         more = f" and {len(names) - 2} more" if len(names) > 2 else ""
         leaves.append(_Leaf(", ".join(names[:2]) + more, records[members[0]], len(members)))
-    leaves.sort(key=lambda leaf: (len(leaf.record.shape) - leaf.record.layers < 2, -leaf.record.num_bytes * leaf.count))
-    return leaves[:_MOST_LEAVES]
+    matrices = [leaf for leaf in leaves if len(leaf.record.shape) - leaf.record.layers > 1]
+    return sorted(matrices or leaves, key=lambda leaf: -leaf.record.num_bytes * leaf.count)[:_MOST_LEAVES]
 
 
 def _layout(record: Record) -> Any:
@@ -173,11 +175,17 @@ def _mesh_grid(plan: Plan) -> Grid:
     if len(cuts) == 1:
         rows, columns = [], cuts
 
-    def side(cuts: Sequence[Cut]) -> Side:
-        parts = len(Side(caption="", cuts=tuple(cuts)).parts())
-        return Side(caption=" × ".join(f"{axis} {size}" for axis, size in cuts), cuts=tuple(cuts), length=parts)
+    def side(cuts: Sequence[Cut], most: int) -> Side:
+        plain = Side(caption=" × ".join(f"{axis} {size}" for axis, size in cuts), cuts=tuple(cuts), most=most)
+        return dataclasses.replace(plain, length=len(plain.parts()))
 
-    return Grid(rows=side(rows), columns=side(columns), copies=(), ids=_ids(plan), axes=tuple(plan.axes))
+    return Grid(
+        rows=side(rows, _MOST_ROWS),
+        columns=side(columns, _MOST_COLUMNS),
+        copies=(),
+        ids=_ids(plan),
+        axes=tuple(plan.axes),
+    )
 
 
 def _panels(plan: Plan, record: Record) -> list[_Panel]:
@@ -209,26 +217,41 @@ def _panel_note(plan: Plan, record: Record, spec: PartitionSpec, fields: Sequenc
 
 
 def _leaf_grid(plan: Plan, record: Record, spec: PartitionSpec) -> Grid:
-    """The tiles of a leaf: two of its dims as rows and columns, cut ones first, then the longest."""
-    shape = record.shape[record.layers :]
-    entries = [axes_at(entry) for entry in spec] + [()] * len(record.shape)
-    cuts = [
-        tuple((axis, plan.axes[axis]) for axis in entries[record.layers + dim] if plan.axes[axis] > 1)
-        for dim in range(len(shape))
-    ]
-    by_need = sorted(range(len(shape)), key=lambda dim: (not cuts[dim], -shape[dim]))
-    num_cut = sum(map(bool, cuts))
-    chosen = sorted(by_need[: max(2, num_cut)])
+    """The tiles of a leaf."""
+    shape, cuts, chosen = record.shape[record.layers :], _cuts(plan, record, spec), _drawn_dims(plan, record)
     rows, columns = (chosen[:-1], chosen[-1:]) if len(chosen) > 1 else ([], chosen)
     used = {axis for each in cuts for axis, _ in each}
     copies = tuple((axis, size) for axis, size in plan.axes.items() if axis not in used and size > 1)
 
-    def side(dims: Sequence[int]) -> Side:
+    def side(dims: Sequence[int], most: int) -> Side:
         captions = [_caption(shape[dim], cuts[dim]) for dim in dims]
         length = math.prod(shape[dim] for dim in dims)
-        return Side(caption=" · ".join(captions), cuts=sum((cuts[dim] for dim in dims), ()), length=length)
+        return Side(caption=" · ".join(captions), cuts=sum((cuts[dim] for dim in dims), ()), most=most, length=length)
 
-    return Grid(rows=side(rows), columns=side(columns), copies=copies, ids=_ids(plan), axes=tuple(plan.axes))
+    return Grid(
+        rows=side(rows, _MOST_ROWS),
+        columns=side(columns, _MOST_COLUMNS),
+        copies=copies,
+        ids=_ids(plan),
+        axes=tuple(plan.axes),
+    )
+
+
+def _cuts(plan: Plan, record: Record, spec: PartitionSpec) -> list[tuple[Cut, ...]]:
+    """What cuts each dim of one layer."""
+    entries = [axes_at(entry) for entry in spec] + [()] * (len(record.shape) - len(spec))
+    return [
+        tuple((axis, plan.axes[axis]) for axis in entry if plan.axes[axis] > 1) for entry in entries[record.layers :]
+    ]
+
+
+def _drawn_dims(plan: Plan, record: Record) -> list[int]:
+    """The dims that are drawn, the last one from left to right: two, those that are cut first, then the longest."""
+    specs = [_cuts(plan, record, getattr(record, field)) for field, _ in _FORMS]
+    is_cut = [any(cuts) for cuts in zip(*specs, strict=True)]
+    shape = record.shape[record.layers :]
+    by_need = sorted(range(len(shape)), key=lambda dim: (not is_cut[dim], -shape[dim]))
+    return sorted(by_need[: max(2, sum(is_cut))])
 
 
 def _caption(size: int, cuts: Sequence[Cut]) -> str:
@@ -246,7 +269,7 @@ def _ids(plan: Plan) -> np.ndarray:
     return np.arange(plan.num_devices).reshape(tuple(plan.axes.values()))
 
 
-def _title_note(leaf: _Leaf) -> str:
+def _title_note(plan: Plan, leaf: _Leaf) -> str:
     """What a leaf is: dtype, shape, size; which of its dims are drawn; how many there are."""
     record = leaf.record
     shape = record.shape[record.layers :]
@@ -257,22 +280,26 @@ def _title_note(leaf: _Leaf) -> str:
         notes.append(f"{leaf.count} of these, {bytes_text(record.num_bytes)} each")
     else:
         notes.append(bytes_text(record.num_bytes))
-    if len(shape) > 2:
-        notes.append("cut or longest dims drawn")
+    drawn = _drawn_dims(plan, record)
+    if len(drawn) < len(shape):
+        notes.append(f"drawn: dims {' and '.join(str(record.layers + dim) for dim in drawn)}")
     return ", ".join(notes)
 
 
 def _leaf_text(plan: Plan, leaf: _Leaf) -> list[str]:
-    lines = [f"{leaf.name}  {_title_note(leaf)}"]
+    lines = [f"{leaf.name}  {_title_note(plan, leaf)}"]
     for panel in _panels(plan, leaf.record):
         grid = panel.grid
-        sides = (
-            f"rows {grid.rows.caption}, columns {grid.columns.caption}" if grid.rows.caption else grid.columns.caption
-        )
         lines.append(f"  {panel.title}: {panel.note}")
-        lines += _indented([*([sides] if sides else []), *grids.as_text(grid)])
+        lines += _indented([_sides_text(grid), *grids.as_text(grid)])
         lines += _indented([grid.copies_text()] if grid.copies else [])
     return [*lines, *(f"  {text}" for text in _moves_text(plan, leaf))]
+
+
+def _sides_text(grid: Grid) -> str:
+    if not grid.rows.caption:
+        return grid.columns.caption or "one element"
+    return f"rows {grid.rows.caption}, columns {grid.columns.caption}"
 
 
 def _indented(lines: Sequence[str]) -> list[str]:
@@ -287,11 +314,14 @@ def _leaf_scene(plan: Plan, leaf: _Leaf, *, with_moves: bool) -> Scene:
     """A leaf's forms from left to right, what moves between neighbours as arrows between them."""
     hues = _palette.hues(plan.axes)
     panels, moves = _panels(plan, leaf.record), plan.moves(leaf.record)
-    pieces = [_panel_scene(panels[0], hues)]
-    for left, right in itertools.pairwise(panels):
-        pieces += [_arrows(left, right, moves, hues), _panel_scene(right, hues)]
-    lines = [words(leaf.name, size=12, bold=True), words(_title_note(leaf), size=_SMALL, opacity=0.75)]
-    body = [scenes.above(lines, 1), beside(pieces, 12, align="middle")]
+    drawn = [_panel_scene(panel, hues) for panel in panels]
+    middle = max(scene.height for scene in drawn)
+    pieces = drawn[:1]
+    for (left, right), scene in zip(itertools.pairwise(panels), drawn[1:], strict=True):
+        arrows = _arrows(left, right, moves, hues)
+        pieces += [Scene(arrows.width, middle, arrows.at(0, max(middle - arrows.height, 0) / 2 + 10)), scene]
+    lines = [words(leaf.name, size=12, bold=True), words(_title_note(plan, leaf), size=_SMALL, opacity=0.75)]
+    body = [scenes.above(lines, 1), beside(pieces, 14)]
     if with_moves and moves:
         told = [words(f"{move_text(move, 1)}, {move.when}", size=_SMALL) for move in moves]
         marks = [beside([_swatches(move.axes, hues), line], 6) for move, line in zip(moves, told, strict=True)]
@@ -301,7 +331,7 @@ def _leaf_scene(plan: Plan, leaf: _Leaf, *, with_moves: bool) -> Scene:
 
 def _panel_scene(panel: _Panel, hues: dict[str, str]) -> Scene:
     head = [words(panel.title, bold=True), words(panel.note, size=_SMALL, opacity=0.75)]
-    return scenes.above([*head, _sheet(panel.grid, hues)], 2)
+    return scenes.above([scenes.above(head, 1), _sheet(panel.grid, hues)], 5)
 
 
 def _sheet(grid: Grid, hues: dict[str, str]) -> Scene:
@@ -309,16 +339,15 @@ def _sheet(grid: Grid, hues: dict[str, str]) -> Scene:
     rows, columns = grid.rows.parts(), grid.columns.parts()
     widest = max((_fullest(grid, row, column) for row in rows for column in columns), default=0.0)
     ratio = min(max(grid.columns.length / grid.rows.length, 0.5), 2.5)
-    room = 44 if len(columns) > 8 else 62
+    room = 64 if len(columns) > 3 else 100
     width = max(
         math.sqrt(_CELL_AREA * ratio),
         len(columns) * min(max(widest + 10, 30), room),
         scenes.text_width(grid.columns.caption, _SMALL) + 4,
     )
-    height = max(
-        math.sqrt(_CELL_AREA / ratio), len(rows) * _ROW_HEIGHT, scenes.text_width(grid.rows.caption, _SMALL) + 4
-    )
-    left, top = _margin(grid.rows), _margin(grid.columns)
+    tall = math.sqrt(_CELL_AREA / ratio) if grid.rows.caption else 36
+    height = max(tall, len(rows) * _ROW_HEIGHT, scenes.text_width(grid.rows.caption, _SMALL) + 4)
+    left, top = _margin(grid.rows, upright=True), _margin(grid.columns)
     across, down = _places(columns, width), _places(rows, height)
     shapes: list[Shape] = []
     first = int(np.ravel(grid.ids)[0])
@@ -331,7 +360,8 @@ def _sheet(grid: Grid, hues: dict[str, str]) -> Scene:
     shapes.append(Line(points=corners, opacity=0.7))
     shapes += _ruler(grid.columns, across, hues, at=left, upright=False)
     shapes += _ruler(grid.rows, down, hues, at=top, upright=True)
-    edges = [hues[axis] for axis, size in grid.copies for _ in range(min(size - 1, 2))][:4]
+    most = 3 if len(grid.copies) == 1 else 2
+    edges = [hues[axis] for axis, size in grid.copies for _ in range(min(size - 1, most))][:6]
     for place, hue in enumerate(edges):
         shapes.append(_edge(left, top, width, height, 2 + 6 * place, hue))
     bottom = top + height + 6 * len(edges)
@@ -348,8 +378,13 @@ def _fullest(grid: Grid, row: Part, column: Part) -> float:
     return scenes.text_width(name, 11)
 
 
-def _margin(side: Side) -> float:
-    return (16 if side.caption else 0) + (_BAR + 3) * len(side.cuts)
+def _margin(side: Side, *, upright: bool = False) -> float:
+    return (16 if side.caption else 0) + sum(_bar(cut, upright=upright) + 3 for cut in side.cuts)
+
+
+def _bar(cut: Cut, *, upright: bool) -> float:
+    """How thick the ruler of an axis is: its coordinates must fit."""
+    return max(_BAR, 4 + scenes.text_width(str(cut[1] - 1), _SMALL)) if upright else _BAR
 
 
 def _places(parts: Sequence[Part], length: float) -> list[tuple[float, float]]:
@@ -402,15 +437,17 @@ def _ruler(
     if side.caption:
         place = (11, middle) if upright else (middle, 11)
         shapes.append(Label(at=place, text=side.caption, size=_SMALL, anchor="middle", turned=upright))
-    for level, (axis, _) in enumerate(side.cuts):
-        offset = 16 + (_BAR + 3) * level
+    offset = 16.0
+    for level, (axis, size) in enumerate(side.cuts):
+        thick = _bar((axis, size), upright=upright)
         for coordinate, first, last in side.runs(level):
             start, end = at + places[first][0] + 1, at + places[last][1] - 1
-            corner = (offset, start, _BAR, end - start) if upright else (start, offset, end - start, _BAR)
+            corner = (offset, start, thick, end - start) if upright else (start, offset, end - start, thick)
             shapes.append(box(*corner, fill=hues[axis]))
             center = (corner[0] + corner[2] / 2, corner[1] + corner[3] / 2 + 3.6)
             ink = _palette.on(hues[axis])
             shapes.append(Label(at=center, text=str(coordinate), size=_SMALL, anchor="middle", color=ink))
+        offset += thick + 3
     return shapes
 
 
@@ -427,20 +464,29 @@ def _edge(left: float, top: float, width: float, height: float, out: float, hue:
 def _arrows(left: _Panel, right: _Panel, moves: Sequence[Move], hues: dict[str, str]) -> Scene:
     """The moves between two forms: from left to right above, back below."""
     ends = {"weight": ("storage", "compute"), "gradient": ("compute", "gradient"), "update": ("slots", "storage")}
-    pieces, seen = [], set()
+    chosen: list[tuple[Move, bool]] = []
+    seen = set()
     for move in moves:
         if move.what not in ends or (move.what, move.kind, move.axes) in seen:
             continue
         start, end = ends[move.what]
         if (start in left.fields and end in right.fields) or (start in right.fields and end in left.fields):
             seen.add((move.what, move.kind, move.axes))
-            pieces.append(_arrow(move, hues, back=start in right.fields))
-    return scenes.above(pieces, 10) if pieces else Scene(16, 0)
+            chosen.append((move, start in right.fields))
+    width = max((_arrow_width(move) for move, _ in chosen), default=16)
+    return scenes.above([_arrow(move, hues, width, back=back) for move, back in chosen], 10)
 
 
-def _arrow(move: Move, hues: dict[str, str], *, back: bool) -> Scene:
-    over, under = f"{move.kind} {move.what}", f"over {', '.join(move.axes)}: {bytes_text(move.bytes)}"
-    width = max(scenes.text_width(text, _SMALL) for text in (over, under)) + 8
+def _arrow_texts(move: Move) -> tuple[str, str]:
+    return f"{move.kind} {move.what}", f"over {', '.join(move.axes)}: {bytes_text(move.bytes)}"
+
+
+def _arrow_width(move: Move) -> float:
+    return max(scenes.text_width(text, _SMALL) for text in _arrow_texts(move)) + 8
+
+
+def _arrow(move: Move, hues: dict[str, str], width: float, *, back: bool) -> Scene:
+    over, under = _arrow_texts(move)
     start, end, tip = (10.0, width, 0.0) if back else (0.0, width - 10, width)
     step = (end - start) / len(move.axes)
     shapes: list[Shape] = [Label(at=(width / 2, 10), text=over, size=_SMALL, anchor="middle")]
@@ -466,7 +512,7 @@ def _legend(plan: Plan, hues: dict[str, str]) -> Scene:
     ]
     filled = Scene(10, 14, (box(0, 2, 10, 10, fill=INK, opacity=0.3),))
     first = int(np.ravel(_ids(plan))[0])
-    return scenes.above([*lines, beside([filled, words(f"device {first}", size=_SMALL)], 6)], 2)
+    return scenes.above([*lines, beside([filled, words(f"held by device {first}", size=_SMALL)], 6)], 2)
 
 
 def _page(scene: Scene) -> str:

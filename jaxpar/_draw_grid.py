@@ -17,8 +17,6 @@ Cut = tuple[str, int]
 Part = tuple[int | None, ...]
 """Which part of a side: a coordinate for each cut, outermost first. `None`, always last: the parts that are folded."""
 
-_MOST_PARTS = 16
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Side:
@@ -27,11 +25,13 @@ class Side:
     Attributes:
         caption: Its size, and how it comes about: `64 = fsdp 4 × 16`.
         cuts: The axes that cut it, outermost first.
+        most: About how many parts to show.
         length: How long it is drawn, relative to the other side.
     """
 
     caption: str
     cuts: tuple[Cut, ...] = ()
+    most: int
     length: float = 1.0
 
     def parts(self) -> list[Part]:
@@ -39,7 +39,7 @@ class Side:
         shown: list[list[int | None]] = [list(range(size)) for _, size in self.cuts]
         for keep in (5, 3):
             for level in sorted(range(len(shown)), key=lambda level: -len(shown[level])):
-                if math.prod(map(len, shown)) > _MOST_PARTS and len(shown[level]) > keep + 1:
+                if math.prod(map(len, shown)) > self.most and len(shown[level]) > keep + 1:
                     shown[level] = [*range(keep - 1), None, self.cuts[level][1] - 1]
         return list(dict.fromkeys(tuple(_until_fold(part)) for part in itertools.product(*shown)))
 
@@ -106,21 +106,22 @@ def names(ids: list[int]) -> Iterator[str]:
 def as_text(grid: Grid) -> list[str]:
     """The tiles as lines of text, in a frame."""
     rows, columns = grid.rows.parts(), grid.columns.parts()
-    cells = [[_cell(grid, row, column) for column in columns] for row in rows]
+    room = 24 if len(columns) <= 3 else 14
+    cells = [[_cell(grid, row, column, room) for column in columns] for row in rows]
     width = max(len(cell) for line in cells for cell in line)
     rule = "─" * (width + 2)
     lines = ["┌" + "┬".join([rule] * len(columns)) + "┐"]
     for place, line in enumerate(cells):
         lines.append("│" + "│".join(f" {cell.center(width)} " for cell in line) + "│")
-        ends = "└┴┘" if place == len(cells) - 1 else "├┼┤"
-        lines.append(ends[0] + ends[1].join([rule] * len(columns)) + ends[2])
-    return lines
+        if place < len(cells) - 1 and len(cells) <= 4:
+            lines.append("├" + "┼".join([rule] * len(columns)) + "┤")
+    return [*lines, "└" + "┴".join([rule] * len(columns)) + "┘"]
 
 
 def _until_fold(part: tuple[int | None, ...]) -> Part:
     return part[: part.index(None) + 1] if None in part else part
 
 
-def _cell(grid: Grid, row: Part, column: Part) -> str:
+def _cell(grid: Grid, row: Part, column: Part, room: int) -> str:
     ids = grid.holders(row, column)
-    return next((name for name in names(ids) if len(name) <= 24), "") if ids else "⋮" if None in row else "⋯"
+    return next((name for name in names(ids) if len(name) <= room), "") if ids else "⋮" if None in row else "⋯"

@@ -8,6 +8,7 @@ that overlap are given as the parts of them that show.
 import dataclasses
 import html
 import io
+import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -16,6 +17,9 @@ import numpy as np
 INK = "currentColor"
 _PRINTED_INK = "#1f2328"
 _FONT = "'DejaVu Sans', Verdana, sans-serif"
+
+_MOST_DOTS = 3_000_000
+"""In a PNG, which then stays well under 200 kB as text in a notebook."""
 
 Point = tuple[float, float]
 
@@ -86,13 +90,13 @@ def words(text: str, *, size: float = 11, bold: bool = False, opacity: float = 1
     return Scene(text_width(text, size, bold=bold), size * 1.4, (label,))
 
 
-def beside(scenes: Sequence[Scene], gap: float, *, align: Literal["top", "middle"] = "top") -> Scene:
+def beside(scenes: Sequence[Scene], gap: float) -> Scene:
     """Scenes from left to right."""
     height = max((scene.height for scene in scenes), default=0)
     shapes: list[Shape] = []
     x = 0.0
     for scene in scenes:
-        shapes += scene.at(x, (height - scene.height) / 2 if align == "middle" else 0)
+        shapes += scene.at(x, 0)
         x += scene.width + gap
     return Scene(max(x - gap, 0), height, tuple(shapes))
 
@@ -113,18 +117,22 @@ def framed(scene: Scene, margin: float) -> Scene:
 
 
 def svg(scene: Scene, *, alone: bool) -> str:
-    """The scene as SVG; `alone` for a file of its own, which must bring colours for light and dark."""
-    size = f"{scene.width:.0f}", f"{scene.height:.0f}"
-    style = "svg{color:#1f2328}@media(prefers-color-scheme:dark){svg{color:#e6edf3}}"
+    """The scene as SVG; `alone` for a file of its own, which brings paper and ink for light and for dark."""
+    width, height = f"{scene.width:.0f}", f"{scene.height:.0f}"
+    fit = "" if alone else ' style="max-width:100%;height:auto"'
     head = (
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{size[0]}" height="{size[1]}" '
-        f'viewBox="0 0 {size[0]} {size[1]}" font-family="{_FONT}" style="max-width:100%;height:auto">'
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" viewBox="0 0 {width} {height}" '
+        f'font-family="{_FONT}"{fit}>'
     )
-    return "\n".join([head, *([f"<style>{style}</style>"] if alone else []), *map(_svg_shape, scene.shapes), "</svg>"])
+    paper = (
+        f"<style>svg{{color:{_PRINTED_INK}}}.paper{{fill:#fff}}@media(prefers-color-scheme:dark)"
+        '{svg{color:#e6edf3}.paper{fill:#0d1117}}</style><rect class="paper" width="100%" height="100%"/>'
+    )
+    return "\n".join([head, *([paper] if alone else []), *map(_svg_shape, scene.shapes), "</svg>"])
 
 
-def png(scene: Scene, *, scale: float = 2.0) -> bytes:
-    """The scene as PNG on white paper, by matplotlib.
+def png(scene: Scene) -> bytes:
+    """The scene as PNG on white paper, by matplotlib: two dots a pixel, less for a large one.
 
     Raises:
         ModuleNotFoundError: matplotlib is not installed; says what to type.
@@ -138,6 +146,7 @@ def png(scene: Scene, *, scale: float = 2.0) -> bytes:
             "a PNG is painted by matplotlib, which is not installed: pip install 'jaxpar[notebook]'. Or save the "
             "picture as .svg or .html, which need nothing."
         ) from error
+    scale = min(2.0, math.sqrt(_MOST_DOTS / max(scene.width * scene.height, 1)))
     figure = Figure(figsize=(scene.width / 100, scene.height / 100), dpi=100 * scale, facecolor="white")
     canvas = FigureCanvasAgg(figure)
     axes = figure.add_axes((0, 0, 1, 1), xlim=(0, scene.width), ylim=(scene.height, 0))

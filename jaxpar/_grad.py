@@ -82,8 +82,6 @@ def value_and_grad(
         raise StepError(
             f"jp.value_and_grad: accumulate is {accumulate}. Use 1 for none, or the number of microbatches."
         )
-    if weight is not None and not callable(weight):
-        raise StepError(f"jp.value_and_grad: weight is {weight!r}. Give a function of the batch, or leave it out.")
 
     def run(model: PyTree, batch: PyTree, *rest: Any) -> Any:
         found = differentiate(
@@ -205,7 +203,8 @@ def _pytree_subject(params: PyTree) -> _Subject:
             if everything
             else {path: jnp.zeros_like(leaf) for path, leaf in flat.leaves.items() if path not in trained}
         )
-        return flat.build({**frozen, **gradients})
+        built = flat.build({**frozen, **gradients})
+        return jax.tree.map(lambda leaf: leaf if _tree.is_array(leaf) else None, built)  # functions have no gradient
 
     return _Subject(params=trained, state=[], build=build, update=lambda state: None, as_gradients=as_gradients)
 

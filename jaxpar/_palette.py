@@ -37,7 +37,12 @@ def on(hue: str) -> str:
 
 def marked(text: str, axes: Iterable[str]) -> str:
     """HTML `text` with every word that is an axis underlined in its hue."""
-    for axis, hue in hues(axes).items():
-        mark = f'<span style="border-bottom:3px solid {hue}">{axis}</span>'
-        text = re.sub(rf"(?<![\w.#-]){re.escape(axis)}(?![\w.-])", mark, text)
-    return text
+    found = hues(axes)
+    if not found:
+        return text
+    words = "|".join(map(re.escape, sorted(found, key=len, reverse=True)))
+    return re.sub(
+        rf"(?<![\w.-])({words})(?![\w.-])",
+        lambda match: f'<span style="border-bottom:3px solid {found[match[1]]}">{match[1]}</span>',
+        text,
+    )

@@ -58,12 +58,13 @@ class Record:
         path: Where it lives.
         shape: Global shape.
         dtype: As stored.
-        slot: `"parameter"`, `"frozen"`, `"model_state"`, `"rng"` or `"data"`.
+        slot: `"parameter"`, `"frozen"`, `"optimizer"`, `"model_state"` or `"rng"`.
         storage: Its spec between steps.
         compute: Its spec where the model reads it.
         gradient: The spec of its gradient.
         slots: The spec of its optimiser state.
         compute_dtype: The dtype in which the model reads it.
+        role: `"column"` or `"row"` if tensor parallelism splits its outputs or its inputs, else `""`.
         layers: 1 if its first dim stacks equal blocks that a scan runs one by one, else 0.
         remat: Whether those blocks are computed again in the backward pass.
         memory_kind: Where its pieces lie: `"device"`.
@@ -79,6 +80,7 @@ class Record:
     gradient: PartitionSpec = PartitionSpec()
     slots: PartitionSpec = PartitionSpec()
     compute_dtype: Any = None
+    role: str = ""
     layers: int = 0
     remat: bool = False
     memory_kind: str = "device"
@@ -186,12 +188,14 @@ class Plan:
         gradients = sum(
             math.prod(self.local_shape(record.shape, record.gradient)) * record.dtype.itemsize for record in trained
         )
-        slots = self.optimizer_records
+        own = [record for record in self.records.values() if record.slot == "optimizer"]
+        slots = [*own, *(self.optimizer_records or {}).values()]
+        rest = (record for record in self.records.values() if record.slot not in ("parameter", "frozen", "optimizer"))
         return Totals(
             parameters=sum(map(self.local_bytes, parameters)),
             gradients=gradients,
-            optimizer=None if slots is None else sum(map(self.local_bytes, slots.values())),
-            other=sum(map(self.local_bytes, self.records.values())) - sum(map(self.local_bytes, parameters)),
+            optimizer=sum(map(self.local_bytes, slots)) if own or self.optimizer_records is not None else None,
+            other=sum(map(self.local_bytes, rest)),
             num_parameters=sum(record.num_elements for record in parameters),
             num_trainable=sum(record.num_elements for record in trained),
         )
@@ -229,7 +233,9 @@ class Plan:
         return self.table()
 
     def _repr_mimebundle_(self, **_: Any) -> dict[str, str]:
-        return {"text/plain": self.table()}
+        from . import _plan_html
+
+        return {"text/plain": self.table(), "text/html": _plan_html.table(self)}
 
     def diff(self, other: "Plan") -> list[str]:
         """What `other` says otherwise, a line each; `[]` if nothing."""
@@ -292,52 +298,65 @@ def _spec_axes(spec: PartitionSpec) -> set[str]:
 def _moves(plan: Plan, record: Record) -> Iterator[Move]:
     if record.slot not in ("parameter", "frozen"):
         return
-    layers = record.shape[0] if record.layers else 1
-    each = record.shape[record.layers :]
-
-    def piece(spec: PartitionSpec, itemsize: int) -> int:
-        return math.prod(plan.local_shape(each, PartitionSpec(*tuple(spec)[record.layers :]))) * itemsize
-
-    gathered = tuple(axis for axis in plan.axes if axis in _spec_axes(record.storage) - _spec_axes(record.compute))
+    times = record.shape[0] if record.layers else 1
     where = " of each layer" if record.layers else ""
+    gathered = _in_order(plan, _spec_axes(record.storage) - _spec_axes(record.compute))
     if gathered:
-        size = piece(record.compute, np.dtype(record.compute_dtype).itemsize)
-        yield Move(
-            what="weight", kind="all-gather", axes=gathered, bytes=size, times=layers, when=f"forward pass{where}"
-        )
+        passes = [f"forward pass{where}"]
         if record.remat and record.slot == "parameter":
-            yield Move(
-                what="weight",
-                kind="all-gather",
-                axes=gathered,
-                bytes=size,
-                times=layers,
-                when=f"backward pass{where}, which computes the block again",
-            )
+            passes.append(f"backward pass{where}, which computes the block again")
+        size = _bytes_of_one(plan, record, record.compute, record.compute_dtype)
+        for when in passes:
+            yield Move(what="weight", kind="all-gather", axes=gathered, bytes=size, times=times, when=when)
+    yield from _activation_moves(plan, record, times, where)
     if record.slot == "frozen":
         return
-    size = piece(record.compute, record.dtype.itemsize)
-    crossed = [axis for axis in plan.batch_axes if plan.axes[axis] > 1]
-    scattered = tuple(axis for axis in crossed if axis in _spec_axes(record.gradient))
-    summed = tuple(axis for axis in crossed if axis not in scattered)
-    if scattered:
-        yield Move(
-            what="gradient",
-            kind="reduce-scatter",
-            axes=scattered,
-            bytes=size,
-            times=layers,
-            when=f"backward pass{where}",
-        )
-        size //= math.prod(plan.axes[axis] for axis in scattered)
-    if summed:
-        yield Move(
-            what="gradient", kind="all-reduce", axes=summed, bytes=size, times=layers, when="after the backward pass"
-        )
-    split_update = tuple(axis for axis in plan.axes if axis in _spec_axes(record.slots) - _spec_axes(record.storage))
-    if split_update:
-        size = math.prod(plan.local_shape(record.shape, record.storage)) * record.dtype.itemsize
-        yield Move(what="update", kind="all-gather", axes=split_update, bytes=size, times=1, when="after the update")
+    size = _bytes_of_one(plan, record, record.compute, record.dtype)
+    crossed = {axis for axis in plan.batch_axes if plan.axes[axis] > 1}
+    kept = crossed & _spec_axes(record.gradient)
+    updated = crossed & _spec_axes(record.slots) - kept
+    for kind, over, when in (
+        ("reduce-scatter", kept, f"backward pass{where}"),
+        ("reduce-scatter", updated, "before the update, of which each device does its part"),
+        ("all-reduce", crossed - kept - updated, "after the backward pass"),
+    ):
+        if over:
+            axes = _in_order(plan, over)
+            yield Move(what="gradient", kind=kind, axes=axes, bytes=size, times=times, when=when)
+            size //= math.prod(plan.axes[axis] for axis in axes) if kind == "reduce-scatter" else 1
+    collected = _in_order(plan, _spec_axes(record.slots) - _spec_axes(record.storage))
+    if collected:
+        size = plan.local_bytes(record)
+        yield Move(what="update", kind="all-gather", axes=collected, bytes=size, times=1, when="after the update")
+
+
+def _activation_moves(plan: Plan, record: Record, times: int, where: str) -> Iterator[Move]:
+    """What tensor parallelism moves: rows sum their outputs, columns the gradient of their inputs."""
+    split = [dim for dim, entry in enumerate(record.compute) if axes_at(entry)]
+    if not record.role or not split:
+        return
+    axes = _in_order(plan, _spec_axes(record.compute))
+    first, last = record.shape[record.layers], record.shape[-1]
+    size = (last if split[0] == record.layers else first) * np.dtype(record.compute_dtype).itemsize
+    forward, backward = f"forward pass{where}", f"backward pass{where}"
+    shared = ", once for all matrices that read the same activation"
+    whens = (forward, backward) if record.role == "row" else (backward + shared, forward + shared)
+    if set(plan.dims.get("seq", ())) & set(axes):
+        kinds = ("reduce-scatter", "all-gather")
+    else:
+        kinds = ("all-reduce",)
+    for kind, when in zip(kinds, whens, strict=False):
+        yield Move(what="activation", kind=kind, axes=axes, bytes=size, times=times, when=when)
+
+
+def _bytes_of_one(plan: Plan, record: Record, spec: PartitionSpec, dtype: Any) -> int:
+    """Bytes of one device's piece of the leaf, of one layer of it if it stacks layers, in `spec`."""
+    spec = PartitionSpec(*tuple(spec)[record.layers :])
+    return math.prod(plan.local_shape(record.shape[record.layers :], spec)) * np.dtype(dtype).itemsize
+
+
+def _in_order(plan: Plan, axes: set[str]) -> Axes:
+    return tuple(axis for axis in plan.axes if axis in axes)
 
 
 def _diff_records(mine: Mapping[str, Record], theirs: Mapping[str, Record]) -> list[str]:

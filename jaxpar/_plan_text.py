@@ -1,6 +1,7 @@
 """A plan as text: its table, with equal layers folded, and the life of one leaf."""
 
 import dataclasses
+import math
 import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -37,13 +38,14 @@ def fold(paths: Sequence[str], keys: Sequence[Any]) -> list[tuple[str, list[int]
         groups.setdefault((re.sub(r"(?<![^.])\d+(?![^.])", "#", path), key), []).append(index)
     folded = []
     for (pattern, _), members in groups.items():
-        if len(members) == 1 or "#" not in pattern:
+        numbers = [[int(part) for part in paths[index].split(".") if part.isdigit()] for index in members]
+        places = [sorted(set(place)) for place in zip(*numbers, strict=True)]
+        if len(members) == 1 or len(members) < math.prod(map(len, places)):  # not all of a.[0-1].b.[0-1] are there
             folded += [(paths[index], [index]) for index in members]
             continue
-        numbers = [[int(part) for part in paths[index].split(".") if part.isdigit()] for index in members]
         name = pattern
-        for position in range(len(numbers[0])):
-            name = name.replace("#", _ranges(sorted({each[position] for each in numbers})), 1)
+        for place in places:
+            name = name.replace("#", _ranges(place), 1)
         folded.append((name, members))
     return folded
 
@@ -69,10 +71,7 @@ def rows(plan: "Plan") -> list[tuple[str, ...]]:
     """The table of a plan, its titles first."""
     records = list(plan.records.values())
     rows = [("path", "shape", "spec", "per device", "decided by", "moves a step")]
-    keys = [
-        (record.shape, str(record.dtype), record.slot, record.storage, record.compute, record.slots, record.reasons)
-        for record in records
-    ]
+    keys = [dataclasses.replace(record, path="") for record in records]
     for name, members in fold([record.path for record in records], keys):
         record, count = records[members[0]], len(members)
         size = plan.local_bytes(record) * count
@@ -91,7 +90,7 @@ def rows(plan: "Plan") -> list[tuple[str, ...]]:
 
 def decided_by(record: "Record") -> str:
     """Who decided on a leaf's spec, and why."""
-    if record.slot not in ("parameter", "frozen"):
+    if record.slot not in ("parameter", "frozen", "optimizer"):
         return f"{record.slot}: the same on every device"
     text = "; ".join(f"{by}: {why}" for by, why in record.reasons)
     frozen = "frozen; " if record.slot == "frozen" else ""
@@ -111,7 +110,7 @@ def totals_text(plan: "Plan") -> list[str]:
     sharded = [axis for axis in plan.batch_axes if any(axis in _axes(record.gradient) for record in plan.parameters)]
     if sharded:
         whole = sum(
-            _product(plan.local_shape(record.shape, record.compute)) * record.dtype.itemsize
+            math.prod(plan.local_shape(record.shape, record.compute)) * record.dtype.itemsize
             for record in plan.parameters
             if record.slot == "parameter"
         )
@@ -137,7 +136,9 @@ class Life:
         return self.text
 
     def _repr_mimebundle_(self, **_: Any) -> dict[str, str]:
-        return {"text/plain": self.text}
+        from . import _plan_html
+
+        return {"text/plain": self.text, "text/html": _plan_html.life(self)}
 
 
 def follow(plan: "Plan", record: "Record") -> Life:
@@ -153,6 +154,7 @@ def follow(plan: "Plan", record: "Record") -> Life:
     if record.slot in ("parameter", "frozen"):
         layer = ", one layer at a time" if record.layers else ""
         lines.append(f"  used      {spec_text(record.compute, ndim)} as {record.compute_dtype}{layer}")
+    lines += [f"  summed    {move_text(move, 1)}, {move.when}" for move in moves if move.what == "activation"]
     if record.slot == "parameter":
         reduced = [move for move in moves if move.what == "gradient"]
         lines += [f"  reduced   {move_text(move, 1)}, {move.when}" for move in reduced]
@@ -173,9 +175,8 @@ def columns(rows: Sequence[Sequence[str]]) -> str:
 def move_text(move: "Move", count: int) -> str:
     """A move in words, for `count` equal leaves: `all-gather weight over fsdp 8.0 KiB x4`."""
     times = move.times * count
-    return f"{move.kind} {move.what} over {'+'.join(move.axes)} {bytes_text(move.bytes)}" + (
-        f" x{times}" if times > 1 else ""
-    )
+    size = bytes_text(move.bytes) + (" a token" if move.per_token else "")
+    return f"{move.kind} {move.what} over {'+'.join(move.axes)} {size}" + (f" x{times}" if times > 1 else "")
 
 
 def _moves_text(moves: Sequence["Move"], count: int) -> list[str]:
@@ -196,10 +197,3 @@ def _ranges(numbers: list[int]) -> str:
 
 def _axes(spec: PartitionSpec) -> set[str]:
     return {axis for entry in spec for axis in axes_at(entry)}
-
-
-def _product(numbers: tuple[int, ...]) -> int:
-    total = 1
-    for number in numbers:
-        total *= number
-    return total

@@ -37,12 +37,18 @@ def check_patterns(patterns: Iterable[str], paths: Sequence[str], owner: str) ->
     for pattern in patterns:
         if not any(matches(pattern, path) for path in paths):
             last = pattern.rpartition(".")[2]
-            names = {part for module in modules for part in module.split(".")}
+            names = {part for path in paths for part in path.split(".") if not part.isdigit()}
+            shown = fold_layers(modules)
             problems.append(
                 f"{owner}: the pattern {pattern!r} matches none of {len(paths)} leaves.{nearest(last, names)} "
-                f"Modules here are {', '.join(modules[:4])}{', ...' if len(modules) > 4 else ''}."
+                f"Modules here are {', '.join(shown[:4])}{', ...' if len(shown) > 4 else ''}."
             )
     return problems
+
+
+def fold_layers(paths: Iterable[str]) -> list[str]:
+    """Paths with a `*` for each number, every one once: `blocks.*.q` for those of all layers."""
+    return list(dict.fromkeys(re.sub(r"(?<![^.])\d+(?![^.])", "*", path) for path in paths))
 
 
 @dataclasses.dataclass
@@ -51,11 +57,14 @@ class Leaf:
 
     Attributes:
         path: Where it lives.
+        alias: What patterns see of the path: not the `value` that Linen's boxes add.
         shape: Global shape.
         itemsize: Bytes an element.
         layers: Leading dims that stack equal blocks: 0 or 1. Never split; strategies see the dims after them.
         names: A logical name for each dim, or `None` where the model carries none.
-        owner: The type name of the module that holds it, or `""`.
+        owner: The type name of the object that holds it as an attribute; `""` for an item of a dict or a list.
+        role: `"column"` or `"row"` if tensor parallelism splits its outputs or its inputs.
+        trainable: Whether it has a gradient and optimiser state.
         storage: Axes of each dim as stored between steps.
         compute: Axes of each dim as the model reads it.
         gradient: Axes of each dim of its gradient.
@@ -66,9 +75,11 @@ class Leaf:
     path: str
     shape: tuple[int, ...]
     itemsize: int
+    alias: str = ""
     layers: int = 0
     names: tuple[str | None, ...] | None = None
     owner: str = ""
+    role: str = ""
     trainable: bool = True
     storage: list[Axes] = dataclasses.field(default_factory=list)
     compute: list[Axes] = dataclasses.field(default_factory=list)
@@ -77,13 +88,19 @@ class Leaf:
     reasons: list[tuple[str, str]] = dataclasses.field(default_factory=list)
 
     def __post_init__(self) -> None:
+        self.alias = self.alias or self.path
         for field in ("storage", "compute", "gradient", "slots"):
             setattr(self, field, [()] * len(self.shape))
 
     @property
     def name(self) -> str:
         """The last part of the path: `kernel`."""
-        return self.path.rpartition(".")[2]
+        return self.alias.rpartition(".")[2]
+
+    @property
+    def module(self) -> str:
+        """The path of what holds it: `blocks.0.q`."""
+        return self.alias.rpartition(".")[0]
 
     @property
     def ndim(self) -> int:
@@ -132,35 +149,45 @@ class Draft:
         """Split the logical dim `dim` of activations over `axis` too."""
         self.dims[dim] = (*self.dims.get(dim, ()), axis)
 
-    def free_size(self, leaf: Leaf, dim: int, axes: Axes = ()) -> int:
-        """The size of one device's piece of a dim that `leaf` has split so far, or that `axes` split."""
-        taken = math.prod(self.sizes[axis] for axis in (axes or leaf.storage[leaf.layers + dim]))
+    def free_size(self, leaf: Leaf, dim: int, field: str = "storage") -> int:
+        """The size of one device's piece of a dim, as `leaf` has split it in `field` so far."""
+        taken = math.prod(self.sizes[axis] for axis in getattr(leaf, field)[leaf.layers + dim])
         return leaf.shape[leaf.layers + dim] // taken
+
+    def paths(self) -> list[str]:
+        """The paths of all leaves, as patterns see them."""
+        return [leaf.alias for leaf in self.leaves.values()]
 
     def raise_problems(self) -> None:
         """Raise one `ShardingError` with every problem, if there is any."""
         if self.problems:
-            number = len(self.problems)
-            head = "" if number == 1 else f"{number} problems:\n"
-            raise ShardingError(head + listed(_alike(self.problems)))
+            problems = _alike(self.problems)
+            head = "" if len(problems) == 1 else f"{len(problems)} problems:\n"
+            raise ShardingError(head + listed(problems))
 
 
 def _alike(problems: Sequence[str]) -> list[str]:
     """Problems that differ only in the number of a layer, as one."""
     groups: dict[str, list[str]] = {}
     for problem in problems:
-        groups.setdefault(re.sub(r"\.\d+\.", ".#.", problem), []).append(problem)
-    return [same[0] + (f" (So do {len(same) - 1} other layers.)" if len(same) > 1 else "") for same in groups.values()]
+        groups.setdefault(re.sub(r"\b(?<![^.\s\"'])\d+(?=\.\w|[:\"'])", "#", problem), []).append(problem)
+    return [same[0] + _others(len(same) - 1) for same in groups.values()]
+
+
+def _others(number: int) -> str:
+    return f" (And so for {number} other layer{'s' if number > 1 else ''}.)" if number else ""
 
 
 def largest_divisible(leaf: Leaf, draft: Draft, size: int, *, field: str) -> int | None:
-    """The dim of `leaf` with the largest free size that `size` divides, dims that nobody has split first."""
+    """The dim of `leaf` with the largest free size that `size` divides, dims that nobody has split first.
+
+    A dim named `layers` that is not the first is left whole: a scan takes it apart.
+    """
     axes = getattr(leaf, field)
     best: tuple[bool, int, int] | None = None
     for dim in range(leaf.ndim):
-        taken = axes[leaf.layers + dim]
-        free = leaf.shape[leaf.layers + dim] // math.prod(draft.sizes[axis] for axis in taken)
-        if free % size == 0 and free > 0:
+        taken, free = axes[leaf.layers + dim], draft.free_size(leaf, dim, field)
+        if free % size == 0 and free > 0 and (leaf.names or [None] * leaf.ndim)[dim] not in LAYERS:
             candidate = (not taken, free, -dim)
             best = max(best, candidate) if best else candidate
     return None if best is None else -best[2]
@@ -173,30 +200,93 @@ def way_out(size: int, axis: str, axis_size: int) -> str:
     return f"Use a multiple of {axis_size} ({nearest_sizes} here), or another size of axis {axis!r}"
 
 
-def as_rules(dims: Sequence[tuple[str, Sequence[str | None]]]) -> tuple[tuple[str, tuple[str | None, ...]], ...]:
-    """`(path pattern, dims)` rules as hashable values."""
-    return tuple((pattern, tuple(names)) for pattern, names in dims)
+Names = tuple[str | None, ...]
+"""The logical name of each dim, `None` for one without."""
+
+KNOWN = ("embed", "heads", "kv", "mlp", "vocab")
+"""Names of dims of parameters that strategies read."""
+
+LAYERS = ("layers", "layer")
+"""Names of a dim that stacks equal blocks."""
 
 
-def name_dims(leaves: Mapping[str, Leaf], rules: Sequence[tuple[str, tuple[str | None, ...]]]) -> list[str]:
-    """Give leaves the logical dims of the rules that match them; return what is wrong with the rules."""
-    problems = check_patterns([pattern for pattern, _ in rules], list(leaves), "dims")
+def as_rules(dims: Sequence[tuple[str, Sequence[Any]]]) -> tuple[tuple[str, tuple[Any, ...]], ...]:
+    """`(path pattern, dims)` rules as hashable values.
+
+    Raises:
+        ShardingError: A rule is not a pattern and names of dims, perhaps with `...` at the end.
+    """
+    rules = []
+    for rule in dims:
+        try:
+            pattern, names = rule
+            fine = isinstance(pattern, str) and not isinstance(names, str)
+            names = tuple(names)
+        except (TypeError, ValueError):
+            fine, names, pattern = False, (), ""
+        if not fine or not all(name is None or isinstance(name, str) for name in names if name is not ...):
+            raise ShardingError(
+                f"dims: {rule!r} is not a rule. Write (pattern, names), as in ('*.q.kernel', ('embed', 'heads')), None "
+                "for a dim without a name, and ... last for all that follow."
+            )
+        rules.append((pattern, names))
+    return tuple(rules)
+
+
+def name_dims(leaves: Mapping[str, Leaf], rules: Sequence[tuple[str, tuple[Any, ...]]]) -> list[str]:
+    """Give leaves the logical dims of the rules that match them; return what is wrong with the rules.
+
+    A first name `layers` is taken off: it says that the leaf stacks equal blocks.
+    """
+    problems = check_patterns([pattern for pattern, _ in rules], [leaf.alias for leaf in leaves.values()], "dims")
     for leaf in leaves.values():
-        found = [(pattern, names) for pattern, names in rules if matches(pattern, leaf.path)]
-        distinct = {names for _, names in found}
-        if len(distinct) > 1:
-            problems.append(
-                f"{leaf.path}: the rules {found[0][0]!r} and {found[1][0]!r} both match and differ. Make one narrower."
-            )
-        elif found and len(found[0][1]) != leaf.ndim:
-            problems.append(
-                f"{leaf.path}: the rule {found[0][0]!r} names {len(found[0][1])} dims {list(found[0][1])}, but the "
-                f"leaf "
-                f"has {leaf.ndim}, of shape {leaf.shape[leaf.layers :]}. Name each dim, None for one without a name."
-            )
+        found = {names: pattern for pattern, names in reversed(rules) if matches(pattern, leaf.alias)}
+        if len(found) > 1:
+            first, second = (repr(pattern) for pattern in list(found.values())[:-3:-1])
+            problems.append(f"{leaf.path}: the rules {first} and {second} both match and differ. Make one narrower.")
         elif found:
-            leaf.names = found[0][1]
+            names, pattern = next(iter(found.items()))
+            problems += _name(leaf, names, f"the rule {pattern!r}")
     return problems
+
+
+def check_names(leaves: Mapping[str, Leaf]) -> list[str]:
+    """A complaint for each leaf whose model names another number of dims than it has."""
+    return [
+        f"{leaf.path}: the model names {len(leaf.names)} dims {list(leaf.names)}, but the leaf has {leaf.ndim}, of "
+        f"shape {leaf.shape[leaf.layers :]}. If a vmap stacks it, name that dim: "
+        "nnx.vmap(..., transform_metadata={nnx.PARTITION_NAME: 'layers'})."
+        for leaf in leaves.values()
+        if leaf.names is not None and len(leaf.names) != leaf.ndim
+    ]
+
+
+def unused_names(leaves: Mapping[str, Leaf]) -> list[str]:
+    """A note of the names of dims that no strategy reads."""
+    found: dict[str, int] = {}
+    for leaf in leaves.values():
+        for name in {*(leaf.names or ())} - {None, *KNOWN, *LAYERS}:
+            found[str(name)] = found.get(str(name), 0) + 1
+    shown = ", ".join(f"{name!r} ({number} leaves)" for name, number in sorted(found.items()))
+    return [f"dims named {shown} mean nothing to any strategy; they read {', '.join(KNOWN)}."] if found else []
+
+
+def _name(leaf: Leaf, names: tuple[Any, ...], source: str) -> list[str]:
+    """Name the dims of `leaf`; a list of what is wrong with that."""
+    ndim = len(leaf.shape)
+    if names[:1] and names[0] not in LAYERS and leaf.layers:
+        names = (LAYERS[0], *names)  # the plan has stacked these blocks: the rule was written for one
+    if names[-1:] == (...,) and len(names) - 1 <= ndim:
+        names = (*names[:-1], *[None] * (ndim - len(names) + 1))
+    if len(names) != ndim or ... in names:
+        wrong = (
+            f"{leaf.path}: {source} names {len(names)} dims {list(names)}, but the leaf has {ndim}, of shape "
+            f"{leaf.shape}. Name each dim, None for one without a name."
+        )
+        return [wrong]
+    leaf.layers = int(names[:1] != () and names[0] in LAYERS)
+    leaf.names = names[leaf.layers :]
+    return []
 
 
 Predicate = Callable[[str], bool]

@@ -56,15 +56,13 @@ class Matcher:
             for candidates in (exact, same):
                 if candidates:
                     return self._only(path, candidates, whole_path=candidates[0].path == ".".join(tokens[start:]))
-            factored = [record for record in found if _less_one(record.shape, shape) is not None]
-            if factored:
-                dim = _less_one(factored[0].shape, shape)
-                record = factored[0]
-                drop = [
-                    axes_at(entry) for entry in tuple(record.slots) + (None,) * (len(record.shape) - len(record.slots))
-                ]
-                spec = as_spec([axes for at, axes in enumerate(drop) if at != dim])
-                return Match(record, spec, spec, False, f"slot of {record.path} without its dim {dim}")
+            for record in found:
+                dim = _less_one(record.shape, shape)
+                if dim is not None:
+                    spec = _without(record.slots, dim, len(record.shape))
+                    return Match(record, spec, spec, False, f"slot of {record.path} without its dim {dim}")
+            if any(record.path == ".".join(tokens[start:]) for record in found):
+                return None  # it is this parameter's, and has a shape of its own: not that of a namesake elsewhere
         return None
 
     def _only(self, path: str, candidates: list[Record], *, whole_path: bool) -> Match:
@@ -76,6 +74,11 @@ class Matcher:
                     f"{other.storage}). Pass both models to the step in one container, under the names the plan has."
                 )
         return Match(first, first.storage, first.slots, whole_path, f"as {first.path}")
+
+
+def _without(spec: PartitionSpec, dim: int, ndim: int) -> PartitionSpec:
+    entries = tuple(spec) + (None,) * (ndim - len(spec))
+    return as_spec([axes_at(entry) for at, entry in enumerate(entries) if at != dim])
 
 
 def _less_one(whole: tuple[int, ...], part: tuple[int, ...]) -> int | None:

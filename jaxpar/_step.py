@@ -52,6 +52,7 @@ class StepFunction:
 
     Attributes:
         plan: The plan it keeps to.
+        function: What it was made from.
         num_compilations: How often it was compiled; 1 after the first call, if nothing changes.
         notes: What the plan did in the step compiled last that a reader should know, such as the form of accumulation.
     """
@@ -70,7 +71,7 @@ class StepFunction:
         if on_recompile not in ("warn", "error", "allow"):
             raise StepError(f"plan.jit: on_recompile={on_recompile!r}. Use 'warn', 'error' or 'allow'.")
         self.plan = plan
-        self._function = function
+        self.function = function
         self._names = _calls.argument_names(function)
         self._donate = donate
         self._donate_argnums = donate_argnums
@@ -107,12 +108,8 @@ class StepFunction:
         """Lower the step for these arguments, arrays or `jax.ShapeDtypeStruct`s, without running it."""
         call = _calls.take_apart(self._names, args, kwargs)
         compiled = self._get(call)
-        shapes = [
-            jax.ShapeDtypeStruct(np.shape(array), jax.dtypes.result_type(array) if np.isscalar(array) else array.dtype)
-            if not isinstance(array, jax.Array)
-            else array.aval
-            for array in call.arrays
-        ]
+        types = map(_type_of, call.arrays)
+        shapes = [jax.ShapeDtypeStruct(shape, dtype, weak_type=weak) for shape, dtype, weak in types]
         return compiled.function.lower(*shapes)
 
     def _get(self, call: Call) -> _Compiled:
@@ -154,7 +151,7 @@ class StepFunction:
             before = _calls.graphdef_of(nodes)
             variables = _parameters_of(nodes, call, found)
             with no_eager_sharding(), _planned.planned(variables), _context.entered(Region(plan=plan)):
-                out = self._function(*args, **kwargs)
+                out = self.function(*args, **kwargs)
                 out_arrays, traced["result"] = _calls.take_result_apart(out, nodes)
             _check_structure(self.__name__, before, _calls.graphdef_of(nodes))
             return [*_calls.node_arrays(nodes), *out_arrays]
@@ -335,11 +332,10 @@ def _looks_like_batch(array: Any, size: int) -> bool:
     return not is_key and not raw_key and np.shape(array)[0] % size == 0 and np.shape(array)[0] > 0
 
 
-def _type_of(array: Any) -> Any:
-    aval = getattr(array, "aval", None)
-    if aval is not None:
-        return (aval.shape, aval.dtype, aval.weak_type)
-    return (np.shape(array), getattr(array, "dtype", type(array)), False)
+def _type_of(array: Any) -> tuple[tuple[int, ...], Any, bool]:
+    """Shape, dtype, and whether the dtype is weak, as JAX sees them: a Python `0` is what `0 + 1` comes back as."""
+    aval = array if isinstance(array, jax.Array | jax.ShapeDtypeStruct) else jax.typeof(array)
+    return (aval.shape, aval.dtype, bool(aval.weak_type))
 
 
 def _differences(last: tuple[Any, Call], now: tuple[Any, Call]) -> list[str]:

@@ -9,8 +9,6 @@ Shapes: B batch, T sequence, D embed, V vocabulary, N the tokens on one device, 
 """
 
 import functools as ft
-import math
-from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -58,10 +56,10 @@ def embed(table: jax.Array, ids: jax.Array) -> jax.Array:
     kernel = jax.shard_map(
         ft.partial(_embed_rows, vocab=vocab, vocab_size=table.shape[0]),
         mesh=region.mesh,
-        in_specs=(P(sum(tokens, ()), vocab), P(*tokens)),
+        in_specs=(P(vocab), P(*tokens)),
         out_specs=P(*tokens),
     )
-    return kernel(_copies(table, tokens, region), ids)
+    return kernel(table, ids)
 
 
 def cross_entropy(
@@ -77,8 +75,8 @@ def cross_entropy(
     Each device takes its own tokens `chunk` at a time and rematerialises their logits in the backward pass: the
     memory is `chunk` × V / v float32 numbers, for one matmul more than holding all logits would take. Where the plan
     splits `vocab`, each device has V / v logits a token, and what crosses the axes of `vocab` is 3 float32 numbers a
-    token (once, outside of the loop), and the gradient of `hidden` once. The gradient of `head` is summed in float32
-    over the axes of the batch, once, outside of the loop.
+    token (once, outside of the loop), and the gradient of `hidden` once. The gradient of `head` adds up in float32
+    over chunks and crosses the axes of the batch once, after the loop.
 
     Args:
         hidden: [B, T, D], or [B, D]. In bfloat16 the logits still accumulate in float32.
@@ -106,37 +104,33 @@ def cross_entropy(
     region = _context.current()
     if region is None:
         return _loss_on_device(
-            hidden, head[None], labels, weights, vocab=(), tokens=(), vocab_size=head.shape[1], chunk=chunk
+            hidden, head, labels, weights, vocab=(), tokens=(), vocab_size=head.shape[1], chunk=chunk
         )
     dims = ("vocab", *_TOKEN_DIMS[: labels.ndim])
-    vocab, *tokens = layout(region, "cross_entropy", dims, (head.shape[1], *labels.shape))
-    axes = sum(tokens, ())
+    vocab, *token_axes = layout(region, "cross_entropy", dims, (head.shape[1], *labels.shape))
+    tokens = P(*token_axes)
     kernel = jax.shard_map(
-        ft.partial(_loss_on_device, vocab=vocab, tokens=axes, vocab_size=head.shape[1], chunk=chunk),
+        ft.partial(
+            _loss_on_device,
+            vocab=vocab,
+            tokens=sum(token_axes, ()),
+            vocab_size=head.shape[1],
+            chunk=chunk,
+        ),
         mesh=region.mesh,
-        in_specs=(P(*tokens), P(axes, None, vocab), P(*tokens), P(*tokens)),
+        in_specs=(tokens, P(None, vocab), tokens, tokens),
         out_specs=(P(), P()),
     )
-    return kernel(hidden, _copies(head, tokens, region), labels, weights)
+    return kernel(hidden, head, labels, weights)
 
 
 _TOKEN_DIMS = ("batch", "seq")
 
 
-def _copies(matrix: jax.Array, tokens: Sequence[Axes], region: _context.Region) -> jax.Array:
-    """`matrix` once for each part of the tokens, each on its own devices: nothing moves, nothing is held twice.
-
-    So its gradient leaves a kernel as unsummed parts, and the compiler sums them where the plan wants the sum: a
-    reduce-scatter under FSDP. A matrix that is whole in the kernel's specs would be all-reduced by it, always.
-    """
-    num_parts = math.prod(region.mesh.shape[axis] for axis in sum(tokens, ()))
-    return jnp.broadcast_to(matrix, (num_parts, *matrix.shape))
-
-
 def _embed_rows(table: jax.Array, ids: jax.Array, *, vocab: Axes, vocab_size: int) -> jax.Array:
     """Look up what this device holds, zeros for the rest, and sum over the devices that share the vocabulary."""
-    local = ids - lax.axis_index(vocab) * table.shape[1]
-    rows = table[0].at[local].get(mode="fill", fill_value=0, wrap_negative_indices=False)
+    local = ids - lax.axis_index(vocab) * table.shape[0]
+    rows = table.at[local].get(mode="fill", fill_value=0, wrap_negative_indices=False)
     known = (ids >= 0) & (ids < vocab_size)
     return jnp.where(known[..., None], lax.psum(rows, vocab), jnp.array(jnp.nan, table.dtype))
 
@@ -153,11 +147,11 @@ def _loss_on_device(
     chunk: int,
 ) -> tuple[jax.Array, jax.Array]:
     """The loss of one device's tokens over its rows of the vocabulary, then summed over both."""
-    # In float32 and varying *before* the loop: so that the gradient of the head adds up over chunks in float32, and
-    # that of hidden crosses `vocab` once, after the loop. Left implicit, both would happen inside of it.
-    head32 = head[0].astype(jnp.float32)  # D V/v
-    hidden = (lax.pcast(hidden, vocab, to="varying") if vocab else hidden).reshape(-1, head32.shape[0])  # N D
-    start = lax.axis_index(vocab) * head32.shape[1] if vocab else 0
+    # Varying and in float32 *before* the loop: so that gradients add up over chunks in float32, and cross the axes once,
+    # after the loop. Left implicit, both would happen inside of it.
+    head32 = _varying(head, tokens).astype(jnp.float32)  # D V/v
+    hidden = _varying(hidden, vocab).reshape(-1, head.shape[0])  # N D
+    start = lax.axis_index(vocab) * head.shape[1] if vocab else 0
     log_sum, picked = _scores(hidden, head32, labels.reshape(-1) - start, chunk)  # N, N: of V/v logits
     if vocab:
         peak = lax.pmax(lax.stop_gradient(log_sum), vocab)
@@ -191,6 +185,10 @@ def _scores(hidden: jax.Array, head: jax.Array, labels: jax.Array, chunk: int) -
     )
     _, (log_sum, picked) = lax.scan(lambda _, at: (None, one_chunk(head, *at)), None, chunks)
     return log_sum.reshape(-1)[:num_tokens], picked.reshape(-1)[:num_tokens]
+
+
+def _varying(x: jax.Array, axes: Axes) -> jax.Array:
+    return lax.pcast(x, axes, to="varying") if axes else x
 
 
 def _check_loss(hidden: jax.Array, head: jax.Array, labels: jax.Array, weights: jax.Array | None, chunk: int) -> None:

@@ -34,7 +34,9 @@ SCRIPT = textwrap.dedent("""
     def loss_fn(model, x):
         return jnp.mean((model(x) - x) ** 2)
 
-    mesh = jp.mesh(data=2, fsdp=2, tensor=2)
+    sizes = dict(pair.split("=") for pair in sys.argv[4].split(","))
+    devices = np.array(jax.devices()).reshape([int(size) for size in sizes.values()])
+    mesh = jax.sharding.Mesh(devices, tuple(sizes), axis_types=(jax.sharding.AxisType.Auto,) * len(sizes))
     strategies = [jp.DP(), jp.FSDP(), jp.TP(column=["up"], row=["down"])]
     plan = jp.plan(lambda: Model(nnx.Rngs(0)), mesh, strategies)
     model = plan.init()
@@ -47,7 +49,8 @@ SCRIPT = textwrap.dedent("""
         return loss
 
     x = np.random.default_rng(0).normal(size=(16, 64)).astype(np.float32)
-    mine = x[process * 16 // count : (process + 1) * 16 // count]
+    parts = count if list(sizes)[0] != "tensor" else 1  # across processes runs the first axis
+    mine = x[process * 16 // count : (process + 1) * 16 // count] if parts > 1 else x
     losses = [float(train_step(model, opt, plan.batch(mine))) for _ in range(4)]
     print("losses", *(f"{loss:.7f}" for loss in losses), "compiled", train_step.num_compilations, flush=True)
 """)
@@ -59,11 +62,11 @@ def free_port():
         return probe.getsockname()[1]
 
 
-def run(count, port, env):
+def run(count, port, axes, env):
     env = {**env, "JAX_NUM_CPU_DEVICES": str(8 // count)}
     children = [
         subprocess.Popen(
-            [sys.executable, "-c", SCRIPT, str(process), str(count), str(port)],
+            [sys.executable, "-c", SCRIPT, str(process), str(count), str(port), axes],
             env=env,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -82,10 +85,12 @@ def run(count, port, env):
 
 
 @pytest.mark.multiprocess
-def test_two_processes_compute_what_one_does(child_env):
+@pytest.mark.parametrize("axes", ["data=2,fsdp=2,tensor=2", "tensor=2,data=2,fsdp=2"])
+def test_two_processes_compute_what_one_does(child_env, axes):
+    """In the second mesh both processes hold all rows of the batch."""
     port = free_port()
-    (alone,) = run(1, port, child_env)
-    first, second = run(2, port, child_env)
+    (alone,) = run(1, port, axes, child_env)
+    first, second = run(2, port, axes, child_env)
     assert first == second
 
     one, two = (line.split() for line in (alone, first))

@@ -64,7 +64,7 @@ class FSDP(Strategy):
         size = draft.sizes[self.axis]
         draft.split_dim("batch", self.axis)
         (draft.shards if self.reduce == "microbatch" else draft.replicas).append(self.axis)
-        draft.problems += check_patterns(self.whole, list(draft.leaves), f"{self.label}: whole")
+        draft.problems += check_patterns(self.whole, draft.paths(), f"{self.label}: whole")
         done, before = 0, len(draft.problems)
         for leaf in draft.leaves.values():
             reason = self._why_whole(leaf)
@@ -77,7 +77,7 @@ class FSDP(Strategy):
                 draft.problems.append(
                     f"{leaf.path}: no dim of {leaf.shape[leaf.layers :]} divides by axis {self.axis!r} of size {size}. "
                     f"{way_out(leaf.shape[leaf.layers + longest], self.axis, size)}, or leave it whole: "
-                    f'FSDP(whole=["{leaf.path}"]).'
+                    f'FSDP(whole=["{leaf.alias}"]).'
                 )
                 continue
             leaf.split(dim, self.axis, by=self.label, why=why, where=("storage", "gradient", "slots"))
@@ -86,13 +86,13 @@ class FSDP(Strategy):
             largest = max((leaf.num_bytes for leaf in draft.leaves.values()), default=0)
             draft.problems.append(
                 f"{self.label} changes nothing: of {len(draft.leaves)} leaves, the largest of {largest} bytes, none "
-                f"is a "
-                f"matrix of at least min_bytes={self.min_bytes}. Lower min_bytes, or use DP(axis={self.axis!r})."
+                f"is a matrix of at least min_bytes={self.min_bytes} that may be split. Lower min_bytes, or use "
+                f"DP(axis={self.axis!r})."
             )
         _note_whole_blocks(draft, self)
 
     def _why_whole(self, leaf: Leaf) -> str | None:
-        if any(matches(pattern, leaf.path) for pattern in self.whole):
+        if any(matches(pattern, leaf.alias) for pattern in self.whole):
             return "asked for"
         if leaf.num_bytes < self.min_bytes:
             return f"{leaf.num_bytes} bytes < min_bytes={self.min_bytes}"

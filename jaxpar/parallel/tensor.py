@@ -2,12 +2,12 @@
 
 Which dim is split, counted within one block (D = inputs, F = outputs):
 
-    kernel (D, F)            column: dim 1    row: dim 0     flax, plain pytrees
-    weight (F, D)            column: dim 0    row: dim 1     torch order: a leaf named `weight` in an Equinox layer
-    kernel (D, heads, head)  column: dim 1                   LinearGeneral; out-projection (heads, head, D): row: dim 0
-    kernel (k.., D, F)       column: last     row: last but one         convolutions
-    bias                     column: dim 0    row: whole
-    embedding (V, D)         vocab: dim 0;  a head's kernel (D, V): dim 1
+    kernel (D, F)            column: dim 1   row: dim 0     flax, plain pytrees
+    weight (F, D, ...)       column: dim 0   row: dim 1     torch order: a `weight` of an Equinox module
+    kernel (D, heads, head)  column: dim 1                  LinearGeneral; its output (heads, head, D): row: dim 0
+    kernel (k.., D, F)       column: last    row: last but one          convolutions
+    bias                     column: dim 0   row: whole
+    embedding (V, D)         vocab: dim 0;   a head's kernel (D, V): dim 1;  a bare matrix of neither name: the larger
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 from .._errors import ShardingError
-from .._rules import Draft, Leaf, check_patterns, matches, way_out
+from .._rules import Draft, Leaf, check_patterns, fold_layers, matches, way_out
 from .._strategy import Strategy
 
 SPLIT_NAMES = ("heads", "kv", "mlp", "vocab")
@@ -83,22 +83,25 @@ class TP(Strategy):
         if self.sequence:
             draft.split_dim("seq", self.axis)
         patterns: dict[str, Sequence[str]] = {"column": self.column, "row": self.row, "vocab": self.vocab}
+        before = len(draft.problems)
         for kind, given in patterns.items():
-            draft.problems += check_patterns(given, list(draft.leaves), f"{self.label}: {kind}")
+            draft.problems += check_patterns(given, draft.paths(), f"{self.label}: {kind}")
+        given, unmatched = sum(map(len, patterns.values())), len(draft.problems) - before
+        if unmatched and unmatched == given:
+            draft.problems[-1] += f" {propose(draft)}"
         done = 0
         for leaf in draft.leaves.values():
-            dims = self._dims_of(leaf, patterns, draft)
-            for dim, why in dims:
+            for dim, why in self._dims_of(leaf, patterns, draft):
                 done += self._split(leaf, dim, why, draft)
         if any("vocab" in (leaf.names or ()) for leaf in draft.leaves.values()) or self.vocab:
             draft.split_dim("vocab", self.axis)
-        if not done and not draft.problems:
-            draft.problems.append(f"{self.label} matches nothing. {propose(draft)}")
+        if not done and len(draft.problems) == before:
+            draft.problems.append(f"{self.label} splits nothing. {propose(draft)}")
 
     def _dims_of(self, leaf: Leaf, patterns: Mapping[str, Sequence[str]], draft: Draft) -> list[tuple[int, str]]:
         """Each dim to split, with the reason."""
         found = [
-            (kind, pattern) for kind, given in patterns.items() for pattern in given if matches(pattern, leaf.path)
+            (kind, pattern) for kind, given in patterns.items() for pattern in given if matches(pattern, leaf.alias)
         ]
         kinds = {kind for kind, _ in found}
         named = [dim for dim, name in enumerate(leaf.names or ()) if name in SPLIT_NAMES][:1]
@@ -109,11 +112,13 @@ class TP(Strategy):
             )
             return []
         if not kinds:
+            leaf.role = _role_of(leaf.names or (), named)
             return [(dim, f"its dim {(leaf.names or ())[dim]!r}") for dim in named]
         kind, pattern = found[0]
         dim = split_dim_of(leaf, kind)
         if dim is None:
-            leaf.reasons.append((self.label, f"whole: added after the sum ({kind} {pattern!r})"))
+            why = "added after the sum" if leaf.ndim else "a scalar"
+            leaf.reasons.append((self.label, f"whole: {why} ({kind} {pattern!r})"))
             return []
         if named and named[0] != dim:
             draft.problems.append(
@@ -121,6 +126,8 @@ class TP(Strategy):
                 f"{named[0]}. Drop the pattern or the dims."
             )
             return []
+        if kind != "vocab" and leaf.ndim > 1 and leaf.name != "bias" and not _is_convolution(leaf):
+            leaf.role = kind
         return [(dim, f"{kind} {pattern!r}")]
 
     def _split(self, leaf: Leaf, dim: int, why: str, draft: Draft) -> int:
@@ -138,25 +145,47 @@ class TP(Strategy):
 
 def split_dim_of(leaf: Leaf, kind: str) -> int | None:
     """The dim of `leaf` that a rule of this kind splits, within one block; `None` leaves it whole."""
-    if leaf.ndim == 1:
-        return None if kind == "row" else 0
-    if leaf.name == "bias":  # of a LinearGeneral: (heads, head)
-        return None if kind == "row" else 0
-    if "Conv" in leaf.owner:
-        return leaf.ndim - (2 if kind == "row" else 1)
+    if leaf.ndim == 0 or (kind == "row" and (leaf.ndim == 1 or leaf.name == "bias")):
+        return None
+    if leaf.ndim == 1 or leaf.name == "bias":  # of a LinearGeneral: (heads, head)
+        return 0
+    torch_order = leaf.name == "weight" and leaf.owner != ""
     if kind == "vocab":
-        return 0 if leaf.name in ("embedding", "weight") or "emb" in leaf.name or "emb" in leaf.path.lower() else 1
-    transposed = leaf.name == "weight"
-    return int((kind == "column") != transposed)
+        return 0 if torch_order else _vocab_dim(leaf)
+    if torch_order:
+        return int(kind == "row")
+    if _is_convolution(leaf) or leaf.owner == "Linear":  # a Linear of 3 dims is vmapped
+        return leaf.ndim - (2 if kind == "row" else 1)
+    return int(kind == "column")
+
+
+def _role_of(names: Sequence[str | None], split: Sequence[int]) -> str:
+    """Whether dims named so make a matrix whose outputs are split or whose inputs are: `("embed", "mlp")` is column."""
+    if not split or "embed" not in names or names[split[0]] == "vocab":
+        return ""
+    return "column" if names.index("embed") < split[0] else "row"
+
+
+def _is_convolution(leaf: Leaf) -> bool:
+    return leaf.ndim > 3 or "conv" in (leaf.owner or leaf.module.rpartition(".")[2]).lower()
+
+
+def _vocab_dim(leaf: Leaf) -> int:
+    names = [part.lower() for part in (leaf.owner, *leaf.alias.split(".")[-2:])]
+    is_embedding = any(name.startswith("emb") or name.endswith(("embed", "embedding", "wte")) for name in names)
+    if is_embedding and not any(name.startswith("unemb") for name in names):
+        return 0
+    if leaf.name == "kernel" or any("head" in name or name.startswith("unemb") for name in names):
+        return leaf.ndim - 1
+    return int(leaf.shape[-1] > leaf.shape[leaf.layers])
 
 
 def propose(draft: Draft) -> str:
     """Rules for these leaves, from the names that the field gives its layers."""
     found: dict[str, list[str]] = {"column": [], "row": [], "vocab": []}
-    for leaf in draft.leaves.values():
-        if leaf.ndim < 2:
-            continue
-        module = leaf.path if leaf.name not in ("kernel", "weight", "embedding", "w") else leaf.path.rpartition(".")[0]
+    matrices = [leaf for leaf in draft.leaves.values() if leaf.ndim >= 2]
+    for leaf in matrices:
+        module = leaf.module if leaf.name in ("kernel", "weight", "embedding", "w") else leaf.alias
         last = module.rpartition(".")[2]
         for kind, usual in _USUAL.items():
             if last in usual and f"*.{last}" not in found[kind]:
@@ -164,5 +193,6 @@ def propose(draft: Draft) -> str:
     rules = ", ".join(f"{kind}={names}" for kind, names in found.items() if names)
     if rules:
         return f"For this model, try TP({rules})."
-    shapes = ", ".join(f"{leaf.path} {leaf.shape}" for leaf in draft.leaves.values() if leaf.ndim >= 2)
-    return f"Name the modules to split, TP(column=[...], row=[...]); the matrices here are {shapes or 'none'}."
+    shapes = fold_layers(f"{leaf.alias} {leaf.shape}" for leaf in matrices)
+    shown = ", ".join(shapes[:8]) + (", ..." if len(shapes) > 8 else "")
+    return f"Name the modules to split, TP(column=[...], row=[...]); the matrices here are {shown or 'none'}."

@@ -12,9 +12,10 @@ from .._strategy import Strategy
 class ZeRO(Strategy):
     """Shard optimiser state, and at stage 2 accumulated gradients, over an axis that replicates the parameters.
 
-    Moves: gradients are summed over the axis (stage 1: all-reduce, stage 2: reduce-scatter), each device updates its
-    part, and the updated parameters are all-gathered: the same bytes as `DP` at stage 2. Memory: optimiser state (and
-    accumulated gradients) divide by the axis size. Stands beside `DP` on the same axis, or alone for both.
+    Moves: gradients are reduce-scattered, each device updates its part, and the updated parameters are all-gathered:
+    the same bytes as `DP`. At stage 1 gradients are whole where anything but the update reads them (a clipped norm, an
+    accumulator), which makes the reduce-scatter an all-reduce. Memory: optimiser state (and accumulated gradients)
+    divide by the axis size. Stands beside `DP` on the same axis, or alone for both.
 
     Args:
         stage: 1 or 2.
@@ -33,7 +34,7 @@ class ZeRO(Strategy):
     """
 
     phase: ClassVar[int] = 3
-    owns: ClassVar[bool] = False
+    beside: ClassVar[tuple[str, ...]] = ("DP",)
 
     stage: Literal[1, 2] = dataclasses.field(kw_only=False)
     axis: str = "data"
@@ -65,7 +66,9 @@ class ZeRO(Strategy):
                 continue
             dim = largest_divisible(leaf, draft, size, field="slots")
             if dim is None:
-                leaf.reasons.append((self.label, f"slots whole: no dim of {leaf.shape} divides by {size}"))
+                leaf.reasons.append(
+                    (self.label, f"slots whole: no dim of {leaf.shape[leaf.layers :]} divides by {size}")
+                )
                 continue
             leaf.split(dim, self.axis, by=self.label, why=f"slots: dim {dim}, the largest that divides", where=where)
             done += 1
@@ -75,7 +78,6 @@ class ZeRO(Strategy):
             largest = max((leaf.num_bytes for leaf in draft.leaves.values()), default=0)
             draft.problems.append(
                 f"{self.label} changes nothing: of {len(draft.leaves)} leaves, the largest of {largest} bytes, none "
-                f"is at "
-                f"least min_bytes={self.min_bytes} with a dim that {self.axis}={size} divides. Lower min_bytes, or "
-                f"use DP()."
+                f"is trained, at least min_bytes={self.min_bytes}, and has a dim that {self.axis}={size} divides. "
+                "Lower min_bytes, or use DP()."
             )

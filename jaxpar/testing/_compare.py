@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxpar import _tree
-from jaxpar._errors import listed
+from jaxpar._errors import ShardingError, listed
 from jaxpar._types import PyTree
 
 FLOOR_ULPS = 4
@@ -57,7 +57,7 @@ class Row:
         return self.error / self.allowed if self.allowed else math.inf if self.error else 0.0
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
 class Comparison:
     """A table of leaves. Prints itself; `+` puts two under one another.
 
@@ -78,6 +78,14 @@ class Comparison:
     def worst(self) -> Row | None:
         """The leaf that is nearest to failing, or furthest beyond; `None` of an empty table."""
         return max(self.rows, key=lambda row: row.share, default=None)
+
+    def check(self) -> None:
+        """Raise `ShardingError`, with the table, if a leaf fails."""
+        if not self.ok:
+            raise ShardingError(f"The sharded run differs from one device.\n{self}")
+
+    def __repr__(self) -> str:
+        return str(self)
 
     def __add__(self, other: "Comparison") -> "Comparison":
         both = self.reference if self.reference == other.reference else f"{self.reference}; {other.reference}"

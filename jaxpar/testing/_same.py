@@ -55,6 +55,14 @@ def assert_same(sharded: Any, reference: Any, args: tuple[Any, ...], *, grads: b
         >>> jp.testing.assert_same(mean, lambda x: x.mean(0), (jnp.ones((16, 4)),)).ok
         True
     """
+    table = compare_runs(sharded, reference, args, grads=grads)
+    if not table.ok:
+        raise AssertionError(f"The sharded run differs from one device.\n{table}")
+    return table
+
+
+def compare_runs(sharded: Any, reference: Any, args: tuple[Any, ...], *, grads: bool = True) -> Comparison:
+    """What `assert_same` asserts, as a table: nothing is raised for numbers that differ."""
     if not isinstance(args, tuple):
         raise TypeError(f"assert_same: args is a {type(args).__name__}; give a tuple, as in assert_same(f, g, (x,)).")
     if grads and hasattr(sharded, "plan"):
@@ -85,8 +93,6 @@ def assert_same(sharded: Any, reference: Any, args: tuple[Any, ...], *, grads: b
     table = ft.reduce(lambda one, other: one + other, tables)
     if reason:
         table = dataclasses.replace(table, reference=f"{table.reference}: {reason}")
-    if not table.ok:
-        raise AssertionError(f"The sharded run differs from one device.\n{table}")
     return table
 
 
@@ -151,7 +157,7 @@ def _exactly(side: _Side, leaves: _Leaves, weights: _Leaves | None) -> tuple[dic
         try:
             traced = jax.make_jaxpr(side.results)(wide, wide_weights)
         except Exception as error:  # a user's function may raise anything when its dtypes change
-            return None, f"in float64 the reference raises {type(error).__name__}", _bound([])
+            return None, f"in float64 the reference raises {type(error).__name__}: {str(error)[:80]}", _bound([])
         equations = list(_equations(traced.jaxpr))
         if any(each.primitive.name in _RANDOM for each in equations):
             return None, "the reference draws random numbers, which differ in float64", _bound([])

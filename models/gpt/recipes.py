@@ -86,7 +86,7 @@ def _matrices(params: Any) -> Any:
 
 
 tiny = ft.partial(recipe, config.TINY, batch=16, learning_rate=1e-2, warmup=10, steps=100)
-demo = ft.partial(recipe, config.DEMO, batch=32, learning_rate=3e-3, warmup=50, steps=1000)
+demo = ft.partial(recipe, config.DEMO, batch=32, learning_rate=4e-3, warmup=30, steps=300)
 
 # The vocabulary of 50,257 padded to 50,304, so that up to 128 devices can share it.
 _padded = ft.partial(dataclasses.replace, vocab_size=50_304)

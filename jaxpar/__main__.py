@@ -1,0 +1,7 @@
+"""`python -m jaxpar` is the command `jaxpar`."""
+
+import sys
+
+from .cli import main
+
+sys.exit(main())
