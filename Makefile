@@ -35,7 +35,7 @@ check: .venv/installed-dev
 
 # Executes every chapter and keeps its outputs.
 notebooks: .venv/installed-dev
-	$(BIN)/jupyter-execute --inplace notebooks/*.ipynb
+	$(BIN)/python notebooks/run.py
 
 # Every strategy on every model and mesh: an hour or more. `make test` runs a covering array of it.
 matrix: .venv/installed-dev

@@ -53,12 +53,7 @@ def conceive(factory: Factory, *, blocks: Mapping[str, str | None], param_dtype:
     Raises:
         ShardingError: The factory is not callable or makes no array; a pattern of blocks matches no list of blocks.
     """
-    if not callable(factory) or any(map(_tree.is_array, jax.tree.leaves(factory))) or _tree.is_graph_node(factory):
-        raise ShardingError(
-            f"the model must come from a function that makes it, so that it is born sharded, but a "
-            f"{type(factory).__name__} was given. Write jp.plan(lambda: Model(...), ...); for weights that exist "
-            "already, plan.shard(model)."
-        )
+    check_factory(factory)
     seen: dict[str, Any] = {}
 
     def make() -> dict[str, Any]:
@@ -101,6 +96,16 @@ def conceive(factory: Factory, *, blocks: Mapping[str, str | None], param_dtype:
         make=make,
         build=flat.build,
     )
+
+
+def check_factory(factory: Any) -> None:
+    """Raise `ShardingError` if a model was given in place of the function that makes it."""
+    if not callable(factory) or any(map(_tree.is_array, jax.tree.leaves(factory))) or _tree.is_graph_node(factory):
+        raise ShardingError(
+            f"the model must come from a function that makes it, so that it is born sharded, but a "
+            f"{type(factory).__name__} was given. Write jp.plan(lambda: Model(...), ...); for weights that exist "
+            "already, plan.shard(model)."
+        )
 
 
 @contextlib.contextmanager
@@ -268,7 +273,7 @@ def _stack_blocks(tree: PyTree, pattern: str, policy: str | None) -> None:
             others.append(path)
     outer = {keys: node for keys, node in lists.items() if not any(keys[:end] in lists for end in range(len(keys)))}
     if not outer and not ready:
-        shown = [f"{path}.*" for path in fold_layers(others)]
+        shown = [f"{path}.*" for path in dict.fromkeys(fold_layers(others))]
         known = f"Lists of modules here: {', '.join(shown)}." if shown else "This model has no nnx.List of modules."
         raise ShardingError(
             f"blocks={pattern!r} matches no list of blocks.{nearest(pattern, shown)} {known} Name one of them, as in "
@@ -316,7 +321,7 @@ def _held_outside(blocks: Any, nodes: Iterable[Any]) -> frozenset[int]:
     for node in nodes:
         if id(node) in inside or node is blocks or isinstance(node, nnx.Variable):
             continue
-        held = vars(node).values() if isinstance(node, nnx.Pytree) else node
+        held = list(vars(node).values()) if isinstance(node, nnx.Pytree) else node
         for child in jax.tree.leaves(held, is_leaf=_tree.is_graph_node):
             if id(child) in inside:
                 found |= {id(each) for _, each in nnx.iter_graph(child) if isinstance(each, nnx.Variable)}

@@ -33,7 +33,7 @@ def plan(
     *,
     optimizer: Any = None,
     trainable: Any = None,
-    dims: Sequence[tuple[str, Sequence[str | None]]] = (),
+    dims: Sequence[tuple[str, Sequence[Any]]] = (),
     precision: Precision | None = None,
 ) -> "BoundPlan":
     """Decide where every leaf of a model lives on `mesh`, and why.
@@ -97,9 +97,9 @@ def plan(
         values=strategies,
         precision=precision,
     )
-    if optimizer is None:
-        return bound
-    return dataclasses.replace(bound, optimizer_records=bound.records_of(optimizer))
+    slots = None if optimizer is None else bound.records_of(optimizer)
+    notes = (*bound.notes, *_unmatched(slots or {}))
+    return dataclasses.replace(bound, optimizer_records=slots, notes=notes)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -209,7 +209,7 @@ class BoundPlan(Plan):
         return _tree.replace(tree, placed)
 
     def shardings(self, tree: PyTree) -> PyTree:
-        """A `NamedSharding` for each array of `tree`: a model, an optimiser's state, a `TrainState`, gradients.
+        """A `NamedSharding` for each array or number of `tree`: a model, an optimiser's state, a `TrainState`, gradients.
 
         Returns:
             For a pytree the same structure; for nnx objects a dict by path.
@@ -217,7 +217,10 @@ class BoundPlan(Plan):
         flat = _tree.flatten(tree)
         slots = optimizer_paths(tree)
         found = {path: self._sharding_of(path, leaf, flat, slots) for path, leaf in flat.leaves.items()}
-        return found if flat.kinds else flat.build(found)
+        if flat.kinds:
+            return found
+        whole = self.sharding(PartitionSpec())
+        return jax.tree.map(lambda leaf: whole if isinstance(leaf, int | float) else leaf, flat.build(found))
 
     def jit(
         self,
@@ -455,6 +458,18 @@ def _optimizer_records(birth: Birth, records: dict[str, Record]) -> dict[str, Re
     return found
 
 
+def _unmatched(slots: dict[str, Record]) -> list[str]:
+    """A note of optimiser state that belongs to no parameter and is more than a number."""
+    whole = [record for record in slots.values() if record.reasons == NO_PARAMETER and record.num_elements > 1]
+    paths = list(dict.fromkeys(_rules.fold_layers(record.path for record in whole)))
+    total = sum(record.num_bytes for record in whole)
+    shown = ", ".join(paths[:3]) + (", ..." if len(paths) > 3 else "")
+    return [f"optimiser state that belongs to no parameter is whole: {total:,} bytes ({shown})"] if whole else []
+
+
+NO_PARAMETER = (("optimizer", "belongs to no parameter: whole"),)
+
+
 def _slot_record(path: str, shape: Any, matcher: Matcher) -> Record:
     match = matcher.match(path, shape.shape)
     return Record(
@@ -463,7 +478,7 @@ def _slot_record(path: str, shape: Any, matcher: Matcher) -> Record:
         dtype=as_dtype(shape.dtype),
         slot="optimizer",
         storage=match.slots if match else PartitionSpec(),
-        reasons=(("optimizer", match.why if match else "belongs to no parameter: whole"),),
+        reasons=(("optimizer", match.why),) if match else NO_PARAMETER,
     )
 
 

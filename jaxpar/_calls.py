@@ -213,13 +213,14 @@ def _split_nodes(
     from flax import nnx
 
     graphdef, state = nnx.split(nodes)
-    flat = nnx.to_flat_state(state)
+    flat: list[tuple[tuple[Any, ...], Any]] = list(nnx.to_flat_state(state))
     arrays, places = [], []
     for keys, leaf in flat:
         is_variable = isinstance(leaf, nnx.Variable)
         kind = type(leaf) if is_variable else None
         arrays.append(leaf.get_raw_value() if is_variable else leaf)
-        path = _join(prefixes[keys[0]], _tree.path_of(keys[1:]))
+        prefix = prefixes[int(keys[0])]
+        path = _join(prefix, _tree.path_of(keys[1:]))
         places.append(Place(path, kind, is_slot=kind is not None and issubclass(kind, nnx.OptState)))
 
     def values_to_nodes(values: Sequence[Any]) -> tuple[Any, ...]:

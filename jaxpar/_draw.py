@@ -24,16 +24,15 @@ from jax.sharding import Mesh, PartitionSpec
 
 from . import _draw_grid as grids, _draw_scene as scenes, _palette
 from ._context import axes_at
-from ._draw_grid import Cut, Grid, Part, Side
+from ._draw_grid import Cut, Grid, Side
 from ._draw_scene import INK, Area, Label, Line, Scene, Shape, beside, box, words
+from ._draw_sheet import SMALL, sheet
 from ._errors import ShardingError
 from ._plan import Move, Plan, Record
 from ._plan_text import bytes_text, fold, move_text, spec_text
 
 _MOST_LEAVES = 4
 _MOST_ROWS, _MOST_COLUMNS = 16, 10
-_CELL_AREA, _ROW_HEIGHT, _BAR = 15_000, 20, 15
-_SMALL = 10
 
 _FORMS = (("storage", "stored"), ("compute", "used"), ("gradient", "gradient"), ("slots", "optimiser state"))
 
@@ -69,10 +68,6 @@ class Drawing:
         Raises:
             ShardingError: Another ending.
             ModuleNotFoundError: A PNG, and matplotlib is not installed.
-
-        Example:
-            >>> plan = jp.plan(lambda: {"w": jnp.ones((64, 64))}, jp.mesh(fsdp=-1), [jp.FSDP()])
-            >>> plan.draw().save("/tmp/plan.svg")
         """
         path = pathlib.Path(path)
         if path.suffix == ".png":
@@ -88,7 +83,7 @@ class Drawing:
 
 
 def draw(plan: Plan, path: str | None = None) -> Drawing:
-    """A picture of one leaf of `plan`, or of its mesh and its largest leaves.
+    r"""A picture of one leaf of `plan`, or of its mesh and its largest leaves.
 
     Args:
         plan: Any plan; of a model and a mesh of any size.
@@ -96,6 +91,32 @@ def draw(plan: Plan, path: str | None = None) -> Drawing:
 
     Raises:
         ShardingError: The plan has no such leaf.
+
+    Example:
+        >>> plan = jp.plan(lambda: {"w": jnp.ones((64, 64))}, jp.mesh(data=2, fsdp=4), [jp.DP(), jp.FSDP()])
+        >>> print("\n".join(str(plan.draw("w")).splitlines()[8:]))
+        w  float32 64×64, 16.0 KiB
+          stored, gradient, optimiser state: [fsdp, -]  4.0 KiB a device
+            rows 64 = fsdp 4 × 16, columns 64
+            ┌──────┐
+            │ 0, 4 │
+            ├──────┤
+            │ 1, 5 │
+            ├──────┤
+            │ 2, 6 │
+            ├──────┤
+            │ 3, 7 │
+            └──────┘
+            2 copies: data 2
+          used: whole  16.0 KiB a device
+            rows 64, columns 64
+            ┌─────┐
+            │ 0–7 │
+            └─────┘
+            8 copies: data 2 × fsdp 4
+          all-gather weight over fsdp 16.0 KiB, forward pass
+          reduce-scatter gradient over fsdp 16.0 KiB, backward pass
+          all-reduce gradient over data 4.0 KiB, after the backward pass
     """
     leaves = [_Leaf(path, plan.find(path), 1)] if path is not None else _largest(plan)
     mesh = _mesh_grid(plan)
@@ -107,10 +128,10 @@ def draw(plan: Plan, path: str | None = None) -> Drawing:
     rest = _rest(plan, leaves) if path is None else ""
     if rest:
         lines += ["", rest]
-        pictures.append(words(rest, size=_SMALL, opacity=0.75))
+        pictures.append(words(rest, size=SMALL, opacity=0.75))
     hues = _palette.hues(plan.axes)
-    title = [words("mesh", size=12, bold=True), words(hardware, size=_SMALL, opacity=0.75)]
-    overview = scenes.above([scenes.above(title, 1), _sheet(mesh, hues), _legend(plan, hues)], 8)
+    title = [words("mesh", size=12, bold=True), words(hardware, size=SMALL, opacity=0.75)]
+    overview = scenes.above([scenes.above(title, 1), sheet(mesh, hues), _legend(plan, hues)], 8)
     scene = beside([overview, scenes.above(pictures, 22)], 44)
     return Drawing("\n".join(lines), scenes.framed(scene, 14))
 
@@ -320,161 +341,45 @@ def _leaf_scene(plan: Plan, leaf: _Leaf, *, with_moves: bool) -> Scene:
     for (left, right), scene in zip(itertools.pairwise(panels), drawn[1:], strict=True):
         arrows = _arrows(left, right, moves, hues)
         pieces += [Scene(arrows.width, middle, arrows.at(0, max(middle - arrows.height, 0) / 2 + 10)), scene]
-    lines = [words(leaf.name, size=12, bold=True), words(_title_note(plan, leaf), size=_SMALL, opacity=0.75)]
+    lines = [words(leaf.name, size=12, bold=True), words(_title_note(plan, leaf), size=SMALL, opacity=0.75)]
     body = [scenes.above(lines, 1), beside(pieces, 14)]
     if with_moves and moves:
-        told = [words(f"{move_text(move, 1)}, {move.when}", size=_SMALL) for move in moves]
+        told = [words(f"{move_text(move, 1)}, {move.when}", size=SMALL) for move in moves]
         marks = [beside([_swatches(move.axes, hues), line], 6) for move, line in zip(moves, told, strict=True)]
-        body.append(scenes.above([words("In a step:", size=_SMALL, bold=True), *marks], 2))
+        body.append(scenes.above([words("In a step:", size=SMALL, bold=True), *marks], 2))
     return scenes.above(body, 8)
 
 
 def _panel_scene(panel: _Panel, hues: dict[str, str]) -> Scene:
-    head = [words(panel.title, bold=True), words(panel.note, size=_SMALL, opacity=0.75)]
-    return scenes.above([scenes.above(head, 1), _sheet(panel.grid, hues)], 5)
-
-
-def _sheet(grid: Grid, hues: dict[str, str]) -> Scene:
-    """A matrix in tiles: rulers in the colours of the axes, lines between tiles, edges of copies behind."""
-    rows, columns = grid.rows.parts(), grid.columns.parts()
-    widest = max((_fullest(grid, row, column) for row in rows for column in columns), default=0.0)
-    ratio = min(max(grid.columns.length / grid.rows.length, 0.5), 2.5)
-    room = 64 if len(columns) > 3 else 100
-    width = max(
-        math.sqrt(_CELL_AREA * ratio),
-        len(columns) * min(max(widest + 10, 30), room),
-        scenes.text_width(grid.columns.caption, _SMALL) + 4,
-    )
-    tall = math.sqrt(_CELL_AREA / ratio) if grid.rows.caption else 36
-    height = max(tall, len(rows) * _ROW_HEIGHT, scenes.text_width(grid.rows.caption, _SMALL) + 4)
-    left, top = _margin(grid.rows, upright=True), _margin(grid.columns)
-    across, down = _places(columns, width), _places(rows, height)
-    shapes: list[Shape] = []
-    first = int(np.ravel(grid.ids)[0])
-    for row, (y0, y1) in zip(rows, down, strict=True):
-        for column, (x0, x1) in zip(columns, across, strict=True):
-            shapes += _tile(grid, (row, column), (left + x0, top + y0, x1 - x0, y1 - y0), first)
-    shapes += _seams(grid.columns, across, hues, (left, top), height, upright=True)
-    shapes += _seams(grid.rows, down, hues, (left, top), width, upright=False)
-    corners = ((left, top), (left + width, top), (left + width, top + height), (left, top + height), (left, top))
-    shapes.append(Line(points=corners, opacity=0.7))
-    shapes += _ruler(grid.columns, across, hues, at=left, upright=False)
-    shapes += _ruler(grid.rows, down, hues, at=top, upright=True)
-    most = 3 if len(grid.copies) == 1 else 2
-    edges = [hues[axis] for axis, size in grid.copies for _ in range(min(size - 1, most))][:6]
-    for place, hue in enumerate(edges):
-        shapes.append(_edge(left, top, width, height, 2 + 6 * place, hue))
-    bottom = top + height + 6 * len(edges)
-    if grid.copies:
-        note = grid.copies_text()
-        shapes.append(Label(at=(left, bottom + 14), text=note, size=_SMALL))
-        bottom += 18
-        width = max(width, scenes.text_width(note, _SMALL) - 6 * len(edges))
-    return Scene(left + width + 6 * len(edges) + 2, bottom + 2, tuple(shapes))
-
-
-def _fullest(grid: Grid, row: Part, column: Part) -> float:
-    name = next(grids.names(grid.holders(row, column)), "")
-    return scenes.text_width(name, 11)
-
-
-def _margin(side: Side, *, upright: bool = False) -> float:
-    return (16 if side.caption else 0) + sum(_bar(cut, upright=upright) + 3 for cut in side.cuts)
-
-
-def _bar(cut: Cut, *, upright: bool) -> float:
-    """How thick the ruler of an axis is: its coordinates must fit."""
-    return max(_BAR, 4 + scenes.text_width(str(cut[1] - 1), _SMALL)) if upright else _BAR
-
-
-def _places(parts: Sequence[Part], length: float) -> list[tuple[float, float]]:
-    """Where each part begins and ends; folded ones are narrower."""
-    weights = [0.7 if None in part else 1.0 for part in parts]
-    unit, place, places = length / sum(weights), 0.0, []
-    for weight in weights:
-        places.append((place, place + weight * unit))
-        place += weight * unit
-    return places
-
-
-def _tile(grid: Grid, part: tuple[Part, Part], where: tuple[float, float, float, float], first: int) -> list[Shape]:
-    x, y, width, height = where
-    ids = grid.holders(*part)
-    middle = (x + width / 2, y + height / 2 + 4)
-    if not ids:
-        mark = "⋮" if None in part[0] else "⋯"
-        return [Label(at=middle, text=mark, anchor="middle", opacity=0.6)]
-    shapes: list[Shape] = [box(x, y, width, height, opacity=0.3 if first in ids else 0.06)]
-    name = next((name for name in grids.names(ids) if scenes.text_width(name, 11) <= width), None)
-    if name:
-        shapes.append(Label(at=middle, text=name, anchor="middle", bold=first in ids))
-    return shapes
-
-
-def _seams(
-    side: Side, places: Sequence[tuple[float, float]], hues: dict[str, str], at: tuple[float, float], length: float,
-    *, upright: bool,
-) -> list[Shape]:  # fmt: skip
-    """The lines between parts, in the colour of the axis that makes them, outer axes thicker."""
-    shapes: list[Shape] = []
-    parts = side.parts()
-    for before, after, (place, _) in zip(parts, parts[1:], places[1:], strict=False):
-        level = next(level for level, (a, b) in enumerate(zip(before, after, strict=False)) if a != b)
-        axis = side.cuts[level][0]
-        x, y = at
-        ends = ((x + place, y), (x + place, y + length)) if upright else ((x, y + place), (x + length, y + place))
-        is_outer = level == 0 and len(side.cuts) > 1
-        shapes.append(Line(points=ends, color=hues[axis], width=4.0 if is_outer else 2.5))
-    return shapes
-
-
-def _ruler(
-    side: Side, places: Sequence[tuple[float, float]], hues: dict[str, str], *, at: float, upright: bool
-) -> list[Shape]:
-    """Above or left of a matrix: its size, and a bar for each axis with the coordinates along it."""
-    shapes: list[Shape] = []
-    middle = at + (places[-1][1]) / 2
-    if side.caption:
-        place = (11, middle) if upright else (middle, 11)
-        shapes.append(Label(at=place, text=side.caption, size=_SMALL, anchor="middle", turned=upright))
-    offset = 16.0
-    for level, (axis, size) in enumerate(side.cuts):
-        thick = _bar((axis, size), upright=upright)
-        for coordinate, first, last in side.runs(level):
-            start, end = at + places[first][0] + 1, at + places[last][1] - 1
-            corner = (offset, start, thick, end - start) if upright else (start, offset, end - start, thick)
-            shapes.append(box(*corner, fill=hues[axis]))
-            center = (corner[0] + corner[2] / 2, corner[1] + corner[3] / 2 + 3.6)
-            ink = _palette.on(hues[axis])
-            shapes.append(Label(at=center, text=str(coordinate), size=_SMALL, anchor="middle", color=ink))
-        offset += thick + 3
-    return shapes
-
-
-def _edge(left: float, top: float, width: float, height: float, out: float, hue: str) -> Area:
-    """What shows of a sheet behind another: its right and its lower edge, `out` further."""
-    thick, x, y = 4, left + width + out, top + height + out
-    points = (
-        (x, top + out + thick), (x + thick, top + out + thick), (x + thick, y + thick),
-        (left + out + thick, y + thick), (left + out + thick, y), (x, y),
-    )  # fmt: skip
-    return Area(points=points, fill=hue)
+    head = [words(panel.title, bold=True), words(panel.note, size=SMALL, opacity=0.75)]
+    return scenes.above([scenes.above(head, 1), sheet(panel.grid, hues)], 5)
 
 
 def _arrows(left: _Panel, right: _Panel, moves: Sequence[Move], hues: dict[str, str]) -> Scene:
-    """The moves between two forms: from left to right above, back below."""
-    ends = {"weight": ("storage", "compute"), "gradient": ("compute", "gradient"), "update": ("slots", "storage")}
+    """The moves between two forms: from left to right, or back."""
     chosen: list[tuple[Move, bool]] = []
     seen = set()
     for move in moves:
-        if move.what not in ends or (move.what, move.kind, move.axes) in seen:
-            continue
-        start, end = ends[move.what]
-        if (start in left.fields and end in right.fields) or (start in right.fields and end in left.fields):
-            seen.add((move.what, move.kind, move.axes))
-            chosen.append((move, start in right.fields))
+        key = (move.what, move.kind, move.axes)
+        way = next((back for back in (False, True) if _leads(move, *((right, left) if back else (left, right)))), None)
+        if way is not None and key not in seen:
+            seen.add(key)
+            chosen.append((move, way))
     width = max((_arrow_width(move) for move, _ in chosen), default=16)
     return scenes.above([_arrow(move, hues, width, back=back) for move, back in chosen], 10)
+
+
+def _leads(move: Move, start: _Panel, end: _Panel) -> bool:
+    """Whether `move` makes the form `end` of the form `start`."""
+    pairs = {
+        "weight": [("storage", "compute")],
+        "gradient": [("compute", "gradient")],
+        "update": [("slots", "storage")],
+    }
+    if move.kind == "reduce-scatter":  # cut by its axes after it: in gradients, or only where the update is made
+        cuts = {axis for side in (end.grid.rows, end.grid.columns) for axis, _ in side.cuts}
+        pairs["gradient"] = [("compute", "gradient"), ("gradient", "slots")] if cuts.issuperset(move.axes) else []
+    return any(a in start.fields and b in end.fields for a, b in pairs.get(move.what, []))
 
 
 def _arrow_texts(move: Move) -> tuple[str, str]:
@@ -482,20 +387,20 @@ def _arrow_texts(move: Move) -> tuple[str, str]:
 
 
 def _arrow_width(move: Move) -> float:
-    return max(scenes.text_width(text, _SMALL) for text in _arrow_texts(move)) + 8
+    return max(scenes.text_width(text, SMALL) for text in _arrow_texts(move)) + 8
 
 
 def _arrow(move: Move, hues: dict[str, str], width: float, *, back: bool) -> Scene:
     over, under = _arrow_texts(move)
     start, end, tip = (10.0, width, 0.0) if back else (0.0, width - 10, width)
     step = (end - start) / len(move.axes)
-    shapes: list[Shape] = [Label(at=(width / 2, 10), text=over, size=_SMALL, anchor="middle")]
+    shapes: list[Shape] = [Label(at=(width / 2, 10), text=over, size=SMALL, anchor="middle")]
     for place, axis in enumerate(move.axes):
         x = start + place * step
         shapes.append(Line(points=((x, 20), (x + step, 20)), color=hues[axis], width=3))
     base, hue = (start, hues[move.axes[0]]) if back else (end, hues[move.axes[-1]])
     shapes.append(Area(points=((base, 14), (tip, 20), (base, 26)), fill=hue))
-    shapes.append(Label(at=(width / 2, 37), text=under, size=_SMALL, anchor="middle"))
+    shapes.append(Label(at=(width / 2, 37), text=under, size=SMALL, anchor="middle"))
     return Scene(width, 40, tuple(shapes))
 
 
@@ -506,13 +411,13 @@ def _swatches(axes: Sequence[str], hues: dict[str, str]) -> Scene:
 def _legend(plan: Plan, hues: dict[str, str]) -> Scene:
     """Which colour is which axis, and what is filled."""
     lines = [
-        beside([_swatches([axis], hues), words(f"{axis} {size}", size=_SMALL)], 6)
+        beside([_swatches([axis], hues), words(f"{axis} {size}", size=SMALL)], 6)
         for axis, size in plan.axes.items()
         if size > 1
     ]
     filled = Scene(10, 14, (box(0, 2, 10, 10, fill=INK, opacity=0.3),))
     first = int(np.ravel(_ids(plan))[0])
-    return scenes.above([*lines, beside([filled, words(f"held by device {first}", size=_SMALL)], 6)], 2)
+    return scenes.above([*lines, beside([filled, words(f"held by device {first}", size=SMALL)], 6)], 2)
 
 
 def _page(scene: Scene) -> str:

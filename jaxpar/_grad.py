@@ -241,14 +241,14 @@ class _Job:
             if self.weight is not None:
                 raise StepError("weight= has no effect on a loss that returns (sum, weight). Leave it out.")
             total, weight = out
-            return total, jax.lax.stop_gradient(jnp.asarray(weight, jnp.float32)), aux, after()
+            return total, _as_weight(weight, total), aux, after()
         if jnp.ndim(out):
             raise StepError(
                 f"the loss returned {_shown(out)}. Return a scalar: a mean over the batch, or (sum, weight)."
             )
         if self.weight is None:
             return out, None, aux, after()
-        weight = jax.lax.stop_gradient(jnp.asarray(self.weight(batch), jnp.float32))
+        weight = _as_weight(self.weight(batch), out)
         return out * weight.astype(out.dtype), weight, aux, after()
 
     def gradients_of_mean(
@@ -273,9 +273,9 @@ class _Job:
         def weighted(params: dict[str, jax.Array]) -> Any:
             total, weight, aux, after = self.run(params, state, batch)
             if weight is None:
-                total, weight = total * rows, jnp.float32(rows)
+                total, weight = total * rows, _as_weight(rows, total)
             _check_aux(aux)
-            scaled = jax.tree.map(lambda each: jnp.asarray(each, jnp.float32) * weight, aux)
+            scaled = jax.tree.map(lambda each: jnp.asarray(each, weight.dtype) * weight, aux)
             return total, (total.astype(_wide(total.dtype)), weight, scaled, after)
 
         (_, (total, weight, aux, after)), gradients = jax.value_and_grad(weighted, has_aux=True)(params)
@@ -623,9 +623,15 @@ def _check_aux(aux: Any) -> None:
         )
 
 
+def _as_weight(weight: Any, total: jax.Array) -> jax.Array:
+    """A weight as what a sum is divided by: not differentiated, and as wide as the sum, float32 at least."""
+    return jax.lax.stop_gradient(jnp.asarray(weight, _wide(total.dtype)))
+
+
 def _wide(dtype: Any) -> Any:
     """The dtype of an accumulator: at least float32."""
-    return jnp.promote_types(dtype, jnp.float32)
+    is_wide = jnp.issubdtype(dtype, jnp.inexact) and jnp.dtype(dtype).itemsize >= 4
+    return dtype if is_wide else jnp.float32
 
 
 def _shown(out: Any) -> str:

@@ -72,7 +72,7 @@ def override(spec: str | None) -> Iterator[None]:
 
 
 def overridden(asked: MeshSpec) -> MeshSpec:
-    """What is asked for, after `override` or else `JAXPAR_MESH`; logged if either is there."""
+    """What is asked for, after `override` or else `JAXPAR_MESH`; logged if that is something else."""
     text, source = _override.get(), "--mesh"
     if text is None:
         text, source = os.environ.get(VARIABLE, "").strip(), VARIABLE
@@ -85,7 +85,7 @@ def overridden(asked: MeshSpec) -> MeshSpec:
         dcn=forced.dcn if forced.axes else forced.dcn or asked.dcn,
         allow_unused=asked.allow_unused or forced.allow_unused,
     )
-    if _devices.speaks():
+    if made != asked and _devices.speaks():
         _logger.warning("%s %s: jp.mesh makes %s, where the script asks for %s.", source, text, made, asked)
     return made
 

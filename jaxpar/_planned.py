@@ -23,7 +23,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from . import _context, _tree
 from ._context import Region
 from ._plan import Record
-from ._types import Axes, PyTree
+from ._types import PyTree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,25 +49,18 @@ class _Move:
         return jax.lax.with_sharding_constraint(cotangent, self.gradient)
 
 
-def read(value: jax.Array, record: Record, region: Region, *, layers: int = 0, partial: bool = False) -> jax.Array:
+def read(value: jax.Array, record: Record, region: Region, *, layers: int = 0) -> jax.Array:
     """`value`, a parameter in its storage spec, as the model computes with it.
 
     Args:
-        value: The parameter, or one layer of a stacked one, or (`partial`) what an index picked of it.
+        value: The parameter, or one layer of a stacked one.
         record: The plan's record of the parameter.
         region: Where in the step it is read.
         layers: Leading dims of the record that `value` lacks: 1 inside a scan over layers.
-        partial: `value` has other dims than the parameter; it is then read whole.
     """
-    if partial:
-        storage = compute = gradient = PartitionSpec()
-        if any(_axes_after(record.compute, layers)):  # a piece of a split parameter: the compiler follows the split
-            return value.astype(record.compute_dtype)
-    else:
-        storage, compute, gradient = (
-            _fitting(PartitionSpec(*tuple(spec)[layers:]), value.shape, record.shape[layers:])
-            for spec in (record.storage, record.compute, record.gradient)
-        )
+    storage, compute, gradient = (
+        PartitionSpec(*tuple(spec)[layers:]) for spec in (record.storage, record.compute, record.gradient)
+    )
     move = _Move(
         region.sharding(storage),
         region.sharding(compute),
@@ -82,8 +75,7 @@ def gather(params: PyTree) -> PyTree:
     """Parameters of a plain pytree as a model computes with them: cast, and gathered where the plan says so.
 
     For a step that does not differentiate, such as evaluation; `jp.value_and_grad` does it for its loss. nnx modules
-    need
-    neither: their variables gather themselves where they are read. Identity outside of `plan.jit`.
+    need neither: their variables gather themselves where they are read. Identity outside of `plan.jit`.
 
     Moves one all-gather of every parameter that FSDP shards; all of them are whole until their last use.
 
@@ -139,8 +131,9 @@ def _planned_type(base: type) -> type:
     if hasattr(base, "planned_from"):
         return base
 
-    def get_value(self: Any, **index: Any) -> Any:
-        return _read_variable(self, base.get_value(self, **index))
+    def get_value(self: Any, *, index: Any = ...) -> Any:
+        whole = _read_variable(self, base.get_value(self))  # then the index: a piece of a shard is not a piece of it
+        return whole if index is ... else whole[index]
 
     def attribute(self: Any, name: str) -> Any:  # `w.T` is a read too
         if name in _RAW or name in self.get_metadata():
@@ -156,7 +149,7 @@ _RAW = frozenset({"shape", "dtype", "ndim", "size", "aval", "sharding", "itemsiz
 
 
 def _read_variable(variable: Any, value: Any) -> Any:
-    """What a model gets when it reads `value` of a planned variable: all of it, or what an index picked."""
+    """What a model gets when it reads `value`, that of a planned variable."""
     region = _context.current()
     if region is None:
         return value
@@ -164,8 +157,6 @@ def _read_variable(variable: Any, value: Any) -> Any:
     record = region.plan.records[path]
     region.plan.reads.add(path)
     raw = variable.get_raw_value()
-    if value.shape != raw.shape:
-        return read(value, record, region, layers=len(record.shape) - raw.ndim, partial=value.ndim != raw.ndim)
     # A matrix that is used twice (tied embeddings) is gathered once and its gradients are summed before they are
     # reduced, as long as both uses are in one trace: a value of a scan's body does not exist outside of it.
     trace = jax_core.get_opaque_trace_state(convention="nnx")
@@ -191,18 +182,3 @@ def _read_backward(move: _Move, _: None, cotangent: jax.Array) -> tuple[jax.Arra
 
 
 _read.defvjp(_read_forward, _read_backward)
-
-
-def _axes_after(spec: PartitionSpec, layers: int) -> list[Axes]:
-    return [_context.axes_at(entry) for entry in tuple(spec)[layers:]]
-
-
-def _fitting(spec: PartitionSpec, shape: tuple[int, ...], whole: tuple[int, ...]) -> PartitionSpec:
-    """`spec` less the axes of dims that an index has cut (`pos[:length]`): their split is not the plan's any more."""
-    entries = tuple(spec) + (None,) * (len(shape) - len(spec))
-    return _context.as_spec(
-        [
-            _context.axes_at(entry) if size == full else ()
-            for entry, size, full in zip(entries, shape, whole, strict=True)
-        ]
-    )

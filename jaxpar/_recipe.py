@@ -254,7 +254,7 @@ def _pytree_steps(recipe: Recipe, plan: BoundPlan) -> tuple[Callable[..., Any], 
         gradients, trained = plan.trained(found.gradients), plan.trained(params)
         norm = optax.tree.norm(gradients)
         updates, optimizer = transform.update(gradients, optimizer, trained)
-        new = optax.apply_updates(trained, updates)
+        new: Any = optax.apply_updates(trained, updates)
         if trained is not params:
             flat = _tree.flatten(params)
             new = flat.build({**flat.leaves, **new})

@@ -38,7 +38,7 @@ def check_patterns(patterns: Iterable[str], paths: Sequence[str], owner: str) ->
         if not any(matches(pattern, path) for path in paths):
             last = pattern.rpartition(".")[2]
             names = {part for path in paths for part in path.split(".") if not part.isdigit()}
-            shown = fold_layers(modules)
+            shown = list(dict.fromkeys(fold_layers(modules)))
             problems.append(
                 f"{owner}: the pattern {pattern!r} matches none of {len(paths)} leaves.{nearest(last, names)} "
                 f"Modules here are {', '.join(shown[:4])}{', ...' if len(shown) > 4 else ''}."
@@ -47,8 +47,8 @@ def check_patterns(patterns: Iterable[str], paths: Sequence[str], owner: str) ->
 
 
 def fold_layers(paths: Iterable[str]) -> list[str]:
-    """Paths with a `*` for each number, every one once: `blocks.*.q` for those of all layers."""
-    return list(dict.fromkeys(re.sub(r"(?<![^.])\d+(?![^.])", "*", path) for path in paths))
+    """Paths with a `*` for each number: `blocks.*.q`."""
+    return [re.sub(r"(?<![^.])\d+(?![^.])", "*", path) for path in paths]
 
 
 @dataclasses.dataclass
@@ -210,7 +210,7 @@ LAYERS = ("layers", "layer")
 """Names of a dim that stacks equal blocks."""
 
 
-def as_rules(dims: Sequence[tuple[str, Sequence[Any]]]) -> tuple[tuple[str, tuple[Any, ...]], ...]:
+def as_rules(dims: Sequence[Any]) -> tuple[tuple[str, tuple[Any, ...]], ...]:
     """`(path pattern, dims)` rules as hashable values.
 
     Raises:

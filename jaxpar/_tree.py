@@ -8,7 +8,7 @@ changed.
 
 import dataclasses
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -87,12 +87,7 @@ def replace(tree: PyTree, values: Mapping[str, Any]) -> PyTree:
         return flat.build({**flat.leaves, **values})
     from flax import nnx
 
-    state = nnx.state(tree)
-    flat_state = nnx.to_flat_state(state)
-    exchanged = [
-        (keys, variable.replace(values[path_of(keys)]) if path_of(keys) in values else variable)
-        for keys, variable in flat_state
-    ]
+    exchanged = [(keys, _with_values(leaf, path_of(keys), values)) for keys, leaf in nnx.to_flat_state(nnx.state(tree))]
     nnx.update(tree, nnx.from_flat_state(exchanged))
     return tree
 
@@ -118,24 +113,41 @@ def _flatten_graph(tree: PyTree) -> Flat:
 
     graphdef, state = nnx.split(tree)
     flat_state = nnx.to_flat_state(state)
-    paths = [path_of(keys) for keys, _ in flat_state]
-    _check_distinct(paths)
-    found: dict[str, Any] = {}
+    found: list[tuple[str, Any]] = []
     kinds: dict[str, type] = {}
-    for path, (_, variable) in zip(paths, flat_state, strict=True):
-        is_variable = isinstance(variable, nnx.Variable)
-        found[path] = variable.get_raw_value() if is_variable else variable
-        if is_variable:
-            kinds[path] = type(variable)
+    for keys, leaf in flat_state:
+        own = list(_arrays_of(leaf, path_of(keys)))
+        found += own
+        if isinstance(leaf, nnx.Variable):
+            kinds |= dict.fromkeys((path for path, _ in own), type(leaf))
+    _check_distinct([path for path, _ in found])
 
     def build(values: Mapping[str, Any]) -> PyTree:
-        rebuilt = [
-            (keys, variable.replace(values[path]) if isinstance(variable, nnx.Variable) else values[path])
-            for path, (keys, variable) in zip(paths, flat_state, strict=True)
-        ]
+        rebuilt = [(keys, _with_values(leaf, path_of(keys), values)) for keys, leaf in flat_state]
         return nnx.merge(graphdef, nnx.from_flat_state(rebuilt))
 
-    return Flat(found, kinds, build)
+    return Flat(dict(found), kinds, build)
+
+
+def _arrays_of(leaf: Any, path: str) -> Iterator[tuple[str, Any]]:
+    """The arrays of an nnx variable or of a bare array, by path: one, those of a pytree, or none (`MaskedNode`)."""
+    value = leaf.get_raw_value() if is_graph_node(leaf) else leaf
+    for keys, array in jax.tree_util.tree_flatten_with_path(value)[0]:
+        if is_array(array):
+            yield ".".join(part for part in (path, path_of(keys)) if part), array
+
+
+def _with_values(leaf: Any, path: str, values: Mapping[str, Any]) -> Any:
+    """`leaf`, an nnx variable or a bare array at `path`, with those of its arrays exchanged that are in `values`."""
+    own = dict(_arrays_of(leaf, path))
+    if own.keys().isdisjoint(values):
+        return leaf
+    if not is_graph_node(leaf):
+        return values[path]
+    new = [values.get(each, array) for each, array in own.items()]
+    old, treedef = jax.tree.flatten(leaf.get_raw_value())
+    remaining = iter(new)
+    return leaf.replace(jax.tree.unflatten(treedef, [next(remaining) if is_array(each) else each for each in old]))
 
 
 def _check_distinct(paths: list[str]) -> None:

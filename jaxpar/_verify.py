@@ -1,7 +1,6 @@
 """`jp.verify`: a training step on its mesh against the same step on one device."""
 
 import dataclasses
-import logging
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -10,21 +9,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from . import _mesh, _tree
+from . import _calls, _mesh, _tree
 from ._bound import BoundPlan
 from ._errors import ShardingError, StepError
 from ._plan_text import bytes_text
 from ._precision import Precision
-from ._recipe import Program
+from ._recipe import Program, Recipe
 from ._step import StepFunction
 from ._types import PyTree
-from .testing._compare import Comparison
+from .parallel import DP
+from .testing._compare import Comparison, Row
 from .testing._same import compare_runs
 
-logger = logging.getLogger("jaxpar")
+COPIES = 6
+"""How often one device holds a step's arguments: in float32 and (twice the bytes) in float64, each with its results."""
 
-FLOAT64 = 2
-"""Bytes of the float64 reference for one of the float32 run."""
+TOKENS = ("tokens", "labels", "input_ids", "inputs", "targets")  # fields of a batch whose integers are looked up
 
 
 def verify(step: Any, *args: Any) -> Comparison:
@@ -34,13 +34,14 @@ def verify(step: Any, *args: Any) -> Comparison:
     float64, on copies: nothing of the caller's changes. A leaf passes if its sharded error against float64 is at most
     twice the single-device float32 error (`jaxpar.testing.compare`). Compared are
 
-    - outputs: what the step returns, and state such as batch statistics;
+    - outputs: what the step returns beside its state;
     - gradients: the optimiser is exchanged for one that only keeps what it is given, since a first AdamW step turns a
       gradient's error of 1e-6 into 4% of an update;
-    - updates: of the real optimiser, from identical gradients.
+    - updates: of the real optimiser, from identical gradients, and of other state, such as batch statistics.
 
-    A step whose optimiser is hidden in a closure is compared as a whole, outputs and updates, and the log says so. All
-    is in the stored dtype: `Precision(compute=...)` is set aside.
+    Optimisers are found among the arguments: `nnx.Optimizer` and `TrainState`, in containers too. One that is hidden in
+    a closure cannot be told from the step: its updates are then compared in float64 on both sides, and a note says so.
+    Dtypes that a plan lowers on purpose (`Precision`, `DP(reduce_dtype=...)`) are set aside.
 
     Costs three compilations and runs, one of them in float64 on one device; all leaves are brought to the host.
 
@@ -52,7 +53,8 @@ def verify(step: Any, *args: Any) -> Comparison:
         The table: prints itself, `.ok`, `.worst`, and `.check()`, which raises if a leaf fails.
 
     Raises:
-        ShardingError: The program does not fit one device, with the bytes.
+        ShardingError: The step does not fit one device, with the bytes.
+        StepError: It is not a step, or this process is one of several.
 
     Example:
         >>> import optax
@@ -67,25 +69,59 @@ def verify(step: Any, *args: Any) -> Comparison:
         >>> jp.verify(train_step, model, opt, plan.batch(np.ones((8, 64), np.float32))).ok
         True
     """
+    if jax.process_count() > 1:
+        raise StepError(
+            f"jp.verify brings every leaf to one host, and this process is one of {jax.process_count()}. Verify on one "
+            "host, with jp.simulate(n) for a mesh of as many devices."
+        )
     if isinstance(step, Program):
-        return _verify_program(step, args[0] if args else None)
+        return _verify_program(step, *args)
+    if isinstance(step, Recipe):
+        raise StepError("a recipe has no mesh: jp.verify(recipe.on(jp.mesh(fsdp=-1))).")
     if not isinstance(step, StepFunction):
         raise StepError(
-            f"jp.verify takes a step that plan.jit made, or a Program, not a {type(step).__name__}. Write plan.jit(step)."
+            f"jp.verify takes a step that plan.jit made, or a Program, not a {type(step).__name__}. Write "
+            f"plan.jit(step)."
         )
-    plan = _in_stored_dtype(step.plan)
+    return _verify_step(_in_dtype(step.plan, None), step.function, args)
+
+
+def _verify_program(program: Program, batch: PyTree | None = None) -> Comparison:
+    _check_fits(program.plan, (program.plan.birth.shapes, program.recipe.batch))
+    recipe = program.recipe
+    strategies = [_in_full(each, "float32") for each in recipe.strategies]
+    recipe = dataclasses.replace(recipe, precision=_full_precision(program.plan.precision), strategies=strategies)
+    program = recipe.on(program.plan.mesh)
+    plan = program.plan
+    batch = plan.batch(_filled(recipe.batch, plan) if batch is None else batch)
+    model, optimizer = program.init().values()
+    if _tree.is_graph_node(optimizer):
+        table = _verify_step(plan, program.train_step.function, (model, optimizer, batch))
+    else:
+        recording = dataclasses.replace(recipe, optimizer=_recorder(), clip_norm=None).on(plan.mesh)
+        state = recording.init()
+        table = _recorded(plan, recording.train_step.function, (state["model"], state["optimizer"], batch))
+        table += _updates(plan, _of_params(plan, model, optimizer, recipe.transform()))
+    rows = [dataclasses.replace(row, path=row.path.removeprefix("2.")) for row in table.rows]  # of three: the metrics
+    return dataclasses.replace(table, rows=tuple(rows))
+
+
+def _verify_step(plan: BoundPlan, function: Callable[..., Any], args: tuple[Any, ...]) -> Comparison:
     args = tuple(_with_arrays(arg) for arg in args)
     _check_fits(plan, args)
-    optimizers = _optimizers(args)
+    leaves, treedef = jax.tree.flatten(args, is_leaf=lambda each: _tree.is_graph_node(each) or _is_train_state(each))
+    optimizers = _optimizers(leaves)
     if not optimizers:
-        logger.warning(
-            "%s: its optimiser is not among its arguments, so gradients cannot be told from updates.", step.__name__
-        )
-        return _runs(plan, step.function, args)
-    recording = tuple(optimizers[index].recording if index in optimizers else arg for index, arg in enumerate(args))
-    table = _gradients(_runs(plan, step.function, recording))
+        return _hidden(plan, function, args)
+    recording = [optimizers[index].recording if index in optimizers else leaf for index, leaf in enumerate(leaves)]
+    table = _recorded(plan, function, jax.tree.unflatten(treedef, recording), several=len(optimizers) > 1)
     for optimizer in optimizers.values():
-        table += _updates(plan, optimizer)
+        try:
+            table += _updates(plan, optimizer)
+        except TypeError as error:  # an argument of the optimiser that only the step knows
+            table = _with_note(
+                table, f"updates are not compared, since the optimiser takes more than gradients: {error}"
+            )
     return table
 
 
@@ -112,38 +148,25 @@ class Kept(NamedTuple):
     kept: Any
 
 
-def _verify_program(program: Program, batch: PyTree | None) -> Comparison:
-    _check_fits(program.plan, (program.plan.birth.shapes,))
-    recipe = dataclasses.replace(program.recipe, precision=Precision())
-    program = recipe.on(program.plan.mesh)
-    plan, transform = program.plan, recipe.transform()
-    recording = dataclasses.replace(recipe, optimizer=_recorder()).on(plan.mesh)
-    batch = plan.batch(_filled(recipe.batch) if batch is None else batch)
-    state = recording.init()
-    table = _gradients(_runs(plan, recording.train_step.function, (state["model"], state["optimizer"], batch)))
-    model, optimizer = program.init().values()
-    if _tree.is_graph_node(optimizer):
-        found = _of_module(model, optimizer)
-    else:
-        found = _of_params(plan, model, optimizer, transform)
-    return table + _updates(plan, found)
-
-
-def _runs(plan: BoundPlan, function: Callable[..., Any], args: tuple[Any, ...], *, reads: bool = True) -> Comparison:
-    step = StepFunction(
-        plan, function, donate=False, donate_argnums=(), on_recompile="allow", compiler_options=None, reads=reads
-    )
-    return compare_runs(step, function, args, grads=False)
-
-
-def _gradients(table: Comparison) -> Comparison:
-    """A table in which what a recording optimiser has kept goes by its name: gradients."""
-    rows = [
-        dataclasses.replace(row, group="gradients") if ".kept." in f".{row.path}." else row
-        for row in table.rows
-        if not row.path.endswith(".step")
-    ]
-    return dataclasses.replace(table, rows=tuple(rows))
+def _recorded(plan: BoundPlan, function: Callable[..., Any], args: PyTree, *, several: bool = False) -> Comparison:
+    """A step whose optimisers only record: outputs, gradients by parameter, and what else it changes."""
+    table = _runs(plan, function, args)
+    names = _calls.argument_names(function)
+    rows: dict[tuple[str, str], Row] = {}
+    for row in table.rows:
+        head, _, kept = row.path.partition(".kept.")
+        if kept:
+            path = f"{head.partition('.opt_state')[0]}.{kept}" if several else kept
+            new = dataclasses.replace(row, group="gradients", path=path)
+        elif row.group == "outputs" and _family(plan, row.path) != row.path and row.error == 0:
+            continue  # a parameter that was returned as it came
+        elif row.group == "updates":
+            new = dataclasses.replace(row, path=_named(row.path, names))
+        else:
+            new = row
+        rows[new.group, new.path] = max(new, rows.get((new.group, new.path), new), key=lambda each: each.share)
+    order = ("outputs", "gradients", "updates")
+    return dataclasses.replace(table, rows=tuple(sorted(rows.values(), key=lambda row: order.index(row.group))))
 
 
 def _updates(plan: BoundPlan, optimizer: _Optimizer) -> Comparison:
@@ -154,20 +177,85 @@ def _updates(plan: BoundPlan, optimizer: _Optimizer) -> Comparison:
     }
     gradients = jax.device_put(values, plan.shardings(values))
     table = _runs(plan, optimizer.apply, (*optimizer.args, gradients), reads=False)
-    return dataclasses.replace(table, rows=tuple(dataclasses.replace(row, group="updates") for row in table.rows))
+    names = _calls.argument_names(optimizer.apply)
+    rows = [
+        dataclasses.replace(row, group="updates", path=_named(row.path, names) if row.group == "updates" else row.path)
+        for row in table.rows
+    ]
+    return dataclasses.replace(table, rows=tuple(rows))
 
 
-def _optimizers(args: tuple[Any, ...]) -> dict[int, _Optimizer]:
+def _hidden(plan: BoundPlan, function: Callable[..., Any], args: tuple[Any, ...]) -> Comparison:
+    """A step whose optimiser is in a closure: state in float64 on both sides, the rest as ever."""
+    table = _runs(plan, function, args)
+    wide = _runs(_in_dtype(plan, "float64"), function, args, wide=True)
+    said = "its optimiser is not among the step's arguments, so gradients cannot be told from updates"
+    if not wide.rows:
+        advice = "a first step of Adam amplifies rounding; give the step an nnx.Optimizer or a TrainState"
+        return _with_note(table, f"{said}, and {wide.notes[0]}: {advice}")
+    names = _calls.argument_names(function)
+
+    def is_state(row: Row) -> bool:
+        return row.group == "updates" or _family(plan, row.path) != row.path
+
+    rows = [row for row in table.rows if not is_state(row)]
+    rows += [
+        dataclasses.replace(row, group="updates", path=_named(row.path, names) if row.group == "updates" else row.path)
+        for row in wide.rows
+        if is_state(row)
+    ]
+    found = dataclasses.replace(table, rows=tuple(rows))
+    return _with_note(found, f"{said}; updates are compared in float64 on both sides")
+
+
+def _runs(
+    plan: BoundPlan, function: Callable[..., Any], args: Any, *, reads: bool = True, wide: bool = False
+) -> Comparison:
+    step = StepFunction(
+        plan, function, donate=False, donate_argnums=(), on_recompile="allow", compiler_options=None, reads=reads
+    )
+    return compare_runs(step, function, args, grads=False, wide=wide, family=lambda path: _family(plan, path))
+
+
+def _family(plan: BoundPlan, path: str) -> str:
+    """What is before a parameter's path in the path of some state: leaves of one family are alike in kind."""
+    parts = path.split(".")
+    for start in range(len(parts)):
+        rest = ".".join(parts[start:])
+        if rest in plan.records or f"params.{rest}" in plan.records:
+            return ".".join([*parts[:start], "*"])
+    return path
+
+
+def _named(path: str, names: tuple[str, ...]) -> str:
+    """The path of a leaf of the arguments, which begins with a number, with the argument's name instead."""
+    index, _, rest = path.partition(".")
+    return ".".join(filter(None, [names[int(index)] if int(index) < len(names) else index, rest]))
+
+
+def _with_note(table: Comparison, note: str) -> Comparison:
+    return dataclasses.replace(table, notes=(*table.notes, note))
+
+
+def _optimizers(leaves: list[Any]) -> dict[int, _Optimizer]:
     """The optimisers among a step's arguments, by position: `nnx.Optimizer`s, and Flax's `TrainState`s."""
     found = {}
-    for index, arg in enumerate(args):
-        if all(hasattr(arg, name) for name in ("apply_gradients", "opt_state", "params", "tx", "replace")):
-            found[index] = _of_train_state(arg)
-        elif _tree.is_graph_node(arg) and hasattr(arg, "tx") and hasattr(arg, "wrt"):
-            model = _model_of(arg, args)
+    for index, leaf in enumerate(leaves):
+        if _is_train_state(leaf):
+            found[index] = _of_train_state(leaf)
+        elif _is_optimizer(leaf):
+            model = _model_of(leaf, leaves)
             if model is not None:
-                found[index] = _of_module(model, arg)
+                found[index] = _of_module(model, leaf)
     return found
+
+
+def _is_train_state(node: Any) -> bool:
+    return all(hasattr(node, name) for name in ("apply_gradients", "opt_state", "params", "tx", "replace"))
+
+
+def _is_optimizer(node: Any) -> bool:
+    return _tree.is_graph_node(node) and hasattr(node, "tx") and hasattr(node, "wrt")
 
 
 def _of_module(model: Any, optimizer: Any) -> _Optimizer:
@@ -206,17 +294,15 @@ def _of_params(plan: BoundPlan, params: PyTree, state: Any, transform: Any) -> _
     def apply(params: PyTree, state: Any, gradients: dict[str, Any]) -> Any:
         trained = plan.trained(params)
         updates, state = transform.update(_tree.flatten(trained).build(gradients), state, trained)
-        return optax.apply_updates(trained, updates), state
+        return {"params": optax.apply_updates(trained, updates), "optimizer": state}
 
-    return _Optimizer(
-        recording=None, apply=apply, args=(params, state), params=_tree.leaves(plan.trained(params))
-    )
+    return _Optimizer(recording=None, apply=apply, args=(params, state), params=_tree.leaves(plan.trained(params)))
 
 
-def _model_of(optimizer: Any, args: tuple[Any, ...]) -> Any:
+def _model_of(optimizer: Any, leaves: list[Any]) -> Any:
     """The module that `optimizer` updates: all its trained parameters have a place in the optimiser's state."""
     slots = [f".{path}" for path in _tree.leaves(optimizer)]
-    models = [arg for arg in args if _tree.is_graph_node(arg) and not hasattr(arg, "tx")]
+    models = [leaf for leaf in leaves if _tree.is_graph_node(leaf) and not _is_optimizer(leaf)]
     if len(models) == 1:
         return models[0]
     for model in models:
@@ -236,18 +322,38 @@ def _recorder() -> Any:
     """An Optax transformation that keeps its gradients and changes nothing."""
     import optax
 
-    def update(gradients: Any, _: Kept, params: Any = None, **__: Any) -> tuple[Any, Kept]:
-        return jax.tree.map(jnp.zeros_like, gradients), Kept(gradients)
+    zeros = lambda tree: jax.tree.map(jnp.zeros_like, tree)
+    return optax.GradientTransformationExtraArgs(
+        lambda params: Kept(zeros(params)), lambda updates, state, params=None, **extra: (zeros(updates), Kept(updates))
+    )
 
-    return optax.GradientTransformationExtraArgs(lambda params: Kept(jax.tree.map(jnp.zeros_like, params)), update)
+
+def _in_dtype(plan: BoundPlan, dtype: str | None) -> BoundPlan:
+    """`plan` that computes and reduces in `dtype`, or by default as stored: what one device is compared with does."""
+    records = {
+        path: dataclasses.replace(record, compute_dtype=np.dtype(dtype) if dtype and _is_float(record) else None)
+        for path, record in plan.records.items()
+    }
+    return dataclasses.replace(
+        plan,
+        records=records,
+        precision=_full_precision(plan.precision, dtype or "float32"),
+        values=tuple(_in_full(strategy, dtype or "float32") for strategy in plan.values),
+    )
 
 
-def _in_stored_dtype(plan: BoundPlan) -> BoundPlan:
-    """`plan` without a compute dtype: what one device is compared with has none."""
-    if plan.precision == Precision():
-        return plan
-    records = {path: dataclasses.replace(record, compute_dtype=None) for path, record in plan.records.items()}
-    return dataclasses.replace(plan, records=records, precision=Precision())
+def _full_precision(precision: Precision, dtype: str = "float32") -> Precision:
+    """Nothing lowered; a reduction in its own dtype stays one, which decides the form of accumulation."""
+    return Precision(reduce=dtype if precision.reduce and precision.reduce != precision.compute else None)
+
+
+def _in_full(strategy: Any, dtype: str) -> Any:
+    lowers = isinstance(strategy, DP) and strategy.reduce_dtype is not None
+    return dataclasses.replace(strategy, reduce_dtype=dtype) if lowers else strategy
+
+
+def _is_float(leaf: Any) -> bool:
+    return jnp.issubdtype(leaf.dtype, jnp.floating)
 
 
 def _with_arrays(arg: PyTree) -> PyTree:
@@ -258,33 +364,38 @@ def _with_arrays(arg: PyTree) -> PyTree:
     )
 
 
-def _filled(batch: PyTree) -> PyTree:
-    """Reproducible values for a batch of shapes: normal numbers, and integers of 0 and 1."""
+def _filled(batch: PyTree, plan: BoundPlan) -> PyTree:
+    """Reproducible values for a batch of shapes: normal numbers, tokens of all the vocabulary, other integers 0 and 1."""
     draw = np.random.default_rng(0)
+    tables = [
+        record.shape[-2] for path, record in plan.records.items() if "embed" in path.lower() and len(record.shape) > 1
+    ]
 
-    def one(leaf: Any) -> Any:
+    def one(path: str, leaf: Any) -> Any:
         if not isinstance(leaf, jax.ShapeDtypeStruct):
             return leaf
-        if jnp.issubdtype(leaf.dtype, jnp.inexact):
+        if _is_float(leaf):
             return np.abs(draw.standard_normal(leaf.shape)).astype(leaf.dtype)
-        return draw.integers(0, 2, leaf.shape).astype(leaf.dtype)
+        is_token = path.rpartition(".")[2] in TOKENS
+        return draw.integers(0, min(tables, default=2) if is_token else 2, leaf.shape).astype(leaf.dtype)
 
-    return jax.tree.map(one, batch)
+    flat = _tree.flatten(batch)
+    return flat.build({path: one(path, leaf) for path, leaf in flat.leaves.items()})
 
 
-def _check_fits(plan: BoundPlan, args: tuple[Any, ...]) -> None:
-    """Refuse what one device cannot hold: state, its float64 copy, and as much again for gradients and results."""
-    state = sum(
+def _check_fits(plan: BoundPlan, args: PyTree) -> None:
+    """Refuse what one device cannot hold."""
+    held = sum(
         math.prod(leaf.shape) * leaf.dtype.itemsize
         for arg in args
         for leaf in _tree.leaves(arg).values()
         if hasattr(leaf, "dtype")
     )
-    needed = 2 * state * (1 + FLOAT64)
     memory = _mesh.hardware_of(plan.mesh).memory
-    if memory and needed > memory:
+    if memory and COPIES * held > memory:
         raise ShardingError(
-            f"verifying needs about {bytes_text(needed)} on one device ({bytes_text(state)} of state, in float32 and "
-            f"float64, and the results), which has {bytes_text(memory)}. Verify a reduced recipe, with fewer layers, "
-            "narrower ones and a smaller batch, on the same mesh and strategies: what is wrong there is wrong here."
+            f"verifying needs about {bytes_text(COPIES * held)} on one device ({bytes_text(held)} of state and batch, in "
+            f"float32 and float64, and the results), which has {bytes_text(memory)}. Verify a reduced recipe, with fewer "
+            "layers, narrower ones and a smaller batch, on the same mesh and strategies: what is wrong there is wrong "
+            "here."
         )

@@ -147,8 +147,8 @@ def _loss_on_device(
     chunk: int,
 ) -> tuple[jax.Array, jax.Array]:
     """The loss of one device's tokens over its rows of the vocabulary, then summed over both."""
-    # Varying and in float32 *before* the loop: so that gradients add up over chunks in float32, and cross the axes once,
-    # after the loop. Left implicit, both would happen inside of it.
+    # Varying and in float32 *before* the loop: so that gradients add up over chunks in float32, and cross the axes
+    # once, after the loop. Left implicit, both would happen inside of it.
     head32 = _varying(head, tokens).astype(jnp.float32)  # D V/v
     hidden = _varying(hidden, vocab).reshape(-1, head.shape[0])  # N D
     start = lax.axis_index(vocab) * head.shape[1] if vocab else 0

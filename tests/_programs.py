@@ -258,7 +258,7 @@ CASES = {
             make=lambda: gpt.GPT(GPT, rngs=nnx.Rngs(0)),
             loss=gpt.loss,
             batch=texts(),
-            tensor={**_ATTENTION, "vocab": ["embed"]},
+            tensor={**_ATTENTION, "column": [*_ATTENTION["column"], "*.gate"], "vocab": ["embed"]},
             has_seq=True,
             is_narrow=True,
         ),

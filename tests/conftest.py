@@ -57,8 +57,9 @@ def check_types(function):
 jaxtyping.install_import_hook(["jaxpar", "models"], f"sys.modules[{__name__!r}].check_types")
 
 # optax and flax mix dtypes, as JAX allows by default: `decay ** count` with an int32 count, float32 statistics of a
-# bfloat16 array. So do `jax.nn` and the lowering of a matrix product. They go on doing so; an operation that our own code asks for is strict. JAX offers
-# one switch for all, hence the private name; a function that JAX has traced for optax may serve us from its cache.
+# bfloat16 array. So do `jax.nn` and the lowering of a matrix product. They go on doing so; an operation that our own
+# code asks for is strict. JAX offers one switch for all, hence the private name; a function that JAX has traced for
+# optax may serve us from its cache.
 TRANSPARENT = {"_pytest", "beartype", "hypothesis", "jax", "jaxlib", "jaxtyping", "pluggy", "pytest"}
 least_upper_bound = dtypes._least_upper_bound
 

@@ -21,7 +21,7 @@ MIB = 2**20
 
 @ft.cache
 def tpu_devices(topology):
-    from jax.experimental import topologies  # noqa: PLC0415
+    from jax.experimental import topologies
 
     return np.array(topologies.get_topology_desc(topology_name=topology, platform="tpu").devices)
 
@@ -61,9 +61,7 @@ def lowered(plan, transform, loss, batch):
         opt.update(model, grads)
         return value
 
-    batch = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=plan.batch_sharding), batch
-    )
+    batch = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=plan.batch_sharding), batch)
     return train_step.lower(model, opt, batch)
 
 

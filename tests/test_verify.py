@@ -82,9 +82,7 @@ def test_a_forgotten_sum_is_caught_and_named():
 
 
 def test_a_bfloat16_plan_is_compared_in_float32():
-    plan = jp.plan(
-        lambda: Model(nnx.Rngs(0)), jp.mesh(fsdp=8), [jp.FSDP()], precision=jp.Precision(compute="bfloat16")
-    )
+    plan = jp.plan(lambda: Model(nnx.Rngs(0)), jp.mesh(fsdp=8), [jp.FSDP()], precision=jp.Precision(compute="bfloat16"))
     train_step, model, opt = stepped(plan, optax.sgd(1e-2), nnx.value_and_grad(loss_fn))
     found = jp.verify(train_step, model, opt, plan.batch(X))
     assert found.ok
@@ -145,12 +143,14 @@ def test_a_hidden_optimiser_is_said(caplog):
 
 def test_what_does_not_fit_is_refused_before_anything_runs(monkeypatch):
     program = recipe().on(jp.mesh(data=8))
-    from jaxpar import _mesh  # noqa: PLC0415
+    from jaxpar import _mesh
 
     small = dataclasses.replace(_mesh.hardware_of(program.plan.mesh).chip, memory=1000)
     hardware = dataclasses.replace(_mesh.hardware_of(program.plan.mesh), chip=small)
     monkeypatch.setattr(_mesh, "hardware_of", lambda mesh: hardware)
-    with pytest.raises(jp.ShardingError, match=r"verifying needs about .* KiB on one device .* which has 1000 B") as error:
+    with pytest.raises(
+        jp.ShardingError, match=r"verifying needs about .* KiB on one device .* which has 1000 B"
+    ) as error:
         jp.verify(program)
     assert "Verify a reduced recipe" in str(error.value)
 

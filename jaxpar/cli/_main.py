@@ -1,121 +1,15 @@
-"""What a person types, one class a command, and how an error reaches them: one message, no traceback."""
+"""How a command is started, and how an error reaches whoever typed it: one message, no traceback."""
 
-import dataclasses
 import logging
-import pathlib
 import sys
 from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import Any
 
-import tyro
-from tyro.conf import Positional, arg, configure, subcommand
+from .._errors import CheckpointError, DataError, MeshError, ShardingError, StepError
+from . import _doctor
 
-from . import _doctor, _load
-
-RECIPE = (
-    "MODULE:NAME of a jp.Recipe, or of a function that returns one, in your own code: `models.gpt:demo`. The working "
-    "directory is on the path."
-)
-MESH = (
-    "Axes (`fsdp=4,tensor=2`), hardware (`v5p-128`), both (`v5p-128:fsdp=32,tensor=2`), or a TOML file. By default all "
-    "devices on `fsdp`, or what JAXPAR_MESH says."
-)
-
-Recipe = Annotated[Positional[str], arg(metavar="MODULE:NAME", help=RECIPE)]
-Mesh = Annotated[str | None, arg(help=MESH)]
+OURS = (CheckpointError, DataError, MeshError, ShardingError, StepError)
 TRACEBACK = "--traceback"
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Plan:
-    """Show where every leaf of a recipe's program lives, why, and what moves a step. Allocates nothing."""
-
-    recipe: Recipe
-    mesh: Mesh = None
-    follow: str | None = None
-    """The path of one leaf, to see its life instead of the table."""
-    json: pathlib.Path | None = None
-    """Also write the plan here, as JSON."""
-    draw: pathlib.Path | None = None
-    """Also draw it here: an .svg, .html or, with matplotlib, .png file."""
-
-    def run(self) -> int:
-        """Print the plan."""
-        program = _load.program(self.recipe, self.mesh)
-        print(program.plan.follow(self.follow) if self.follow else program)
-        if self.json:
-            self.json.write_text(program.plan.to_json())
-        if self.draw:
-            program.plan.draw(self.follow).save(self.draw)
-        return 0
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Verify:
-    """Prove that a recipe's step computes on a mesh what it computes on one device. Exits with 1 if it does not."""
-
-    recipe: Recipe
-    mesh: Mesh = None
-
-    def run(self) -> int:
-        """Print the table."""
-        import jaxpar as jp
-
-        found = jp.verify(_load.program(self.recipe, self.mesh))
-        print(found)
-        return 0 if found.ok else 1
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Train:
-    """Train a recipe whose batch has `tokens` and `labels` on text, with checkpoints, evaluation and a progress bar."""
-
-    recipe: Recipe
-    mesh: Mesh = None
-    steps: int = 1000
-    """Of the whole run, those before a --resume included."""
-    directory: pathlib.Path = pathlib.Path("runs/train")
-    """Where the run lives: metrics, events, checkpoints, plan."""
-    resume: bool = False
-    """Go on with the run in the directory."""
-    data: tuple[pathlib.Path, ...] = ()
-    """Text files and directories. By default the Python standard library's own sources."""
-    tokenizer: pathlib.Path | None = None
-    """A Hugging Face `tokenizer.json`; bytes by default."""
-    validation: float = 0.1
-    """The share of the text to evaluate on, by document."""
-    eval_every: int | None = None
-    """Steps between evaluations; by default once, at the end."""
-    every: str = "10min"
-    """When to save besides the end: `10min`, or steps, `100`."""
-    seed: int = 0
-    """Of the order of the data."""
-    cache: pathlib.Path = pathlib.Path(".cache/jaxpar")
-    """Where tokens and compiled programs are kept between runs."""
-
-    def run(self) -> int:
-        """Train, and say how it ended."""
-        from . import _train
-
-        return _train.train(self)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Doctor:
-    """Print versions and devices, what is missing, and what to type."""
-
-    def run(self) -> int:
-        """Print the findings."""
-        print(_doctor.report())
-        return 0
-
-
-Command = (
-    Annotated[Train, subcommand("train")]
-    | Annotated[Plan, subcommand("plan")]
-    | Annotated[Verify, subcommand("verify")]
-    | Annotated[Doctor, subcommand("doctor")]
-)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -133,13 +27,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     show = TRACEBACK in words
     words = [word for word in words if word != TRACEBACK]
-    command: Any = tyro.cli(Command, args=words, prog="jaxpar", config=(configure(tyro.conf.OmitArgPrefixes),))
+    if words == ["doctor"]:  # first, since whatever is imported next may be what is missing
+        print(_doctor.report())
+        return 0
+    import tyro
+
+    from ._commands import Command
+
+    command: Any = tyro.cli(
+        Command,
+        args=words,
+        prog="jaxpar",
+        description=f"Partition a model, prove the numbers, train. {TRACEBACK}: show where an error comes from.",
+        config=(tyro.conf.configure(tyro.conf.OmitArgPrefixes),),
+    )
     logging.basicConfig(format="%(message)s", level=logging.INFO)
     logging.getLogger("absl").setLevel(logging.WARNING)
     try:
         return command.run()
-    except (ValueError, ImportError) as error:
+    except (ValueError, ImportError, OSError) as error:
         if show:
             raise
-        print(f"jaxpar: {error}", file=sys.stderr)
+        where = "" if isinstance(error, OURS) else f"\n({type(error).__name__}; {TRACEBACK} shows where it comes from.)"
+        print(f"jaxpar: {error}{where}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:  # outside of the loop, which stops in good order by itself
+        if show:
+            raise
+        return 130

@@ -12,7 +12,7 @@ from .._recipe import Program
 from . import _load
 
 if TYPE_CHECKING:
-    from ._main import Train
+    from ._commands import Train
 
 
 def train(command: "Train") -> int:
@@ -26,6 +26,7 @@ def train(command: "Train") -> int:
     batch_size, seq_len = _shape(program, command.recipe)
     files = data.text_files(command.data) if command.data else data.stdlib_sources()
     tokenizer = data.HuggingFace(command.tokenizer) if command.tokenizer else None
+    _check_vocabulary(program, data.Bytes() if tokenizer is None else tokenizer, command.recipe)
     tokens = data.tokenise(files, command.cache / "tokens", tokenizer)
     split = tokens.split(command.validation)
     print(program, flush=True)
@@ -60,3 +61,13 @@ def _shape(program: Program, name: str) -> tuple[int, int]:
             f"sequence]; this one has {shown}. For other data write the loop: jp.fit(recipe.on(mesh), data, ...)."
         )
     return shapes[0]
+
+
+def _check_vocabulary(program: Program, tokenizer: data.Tokenizer, name: str) -> None:
+    """Refuse a tokeniser with more ids than any parameter of the model has rows or columns."""
+    largest = max(max(record.shape, default=0) for record in program.plan.records.values())
+    if tokenizer.vocab_size > largest:
+        raise StepError(
+            f"{name}: {tokenizer!r} makes {tokenizer.vocab_size} token ids, but no dim of the model is that large "
+            f"(the largest is {largest}), so some would have no embedding. Enlarge the model's vocabulary."
+        )

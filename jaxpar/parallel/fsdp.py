@@ -74,9 +74,11 @@ class FSDP(Strategy):
             dim, why = self._choose(leaf, draft, size)
             if dim is None:
                 longest = max(range(leaf.ndim), key=lambda each: leaf.shape[leaf.layers + each])
+                whole = leaf.shape[leaf.layers + longest]
+                unit = size * whole // draft.free_size(leaf, longest)  # another strategy may split that dim too
                 draft.problems.append(
                     f"{leaf.path}: no dim of {leaf.shape[leaf.layers :]} divides by axis {self.axis!r} of size {size}. "
-                    f"{way_out(leaf.shape[leaf.layers + longest], self.axis, size)}, or leave it whole: "
+                    f"{way_out(whole, self.axis, unit)}, or leave it whole: "
                     f'FSDP(whole=["{leaf.alias}"]).'
                 )
                 continue
@@ -112,7 +114,8 @@ def _note_whole_blocks(draft: Draft, strategy: FSDP) -> None:
     if loose:
         total = sum(leaf.num_bytes for leaf in loose)
         names = ", ".join(leaf.path for leaf in loose[:3]) + (", ..." if len(loose) > 3 else "")
-        advice = "" if strategy.blocks else ' Equal blocks among them: FSDP(blocks="blocks.*") gathers one at a time.'
+        repeated = any(part.isdigit() for leaf in loose for part in leaf.path.split("."))
+        advice = ' If some are equal blocks, FSDP(blocks="blocks.*") gathers one at a time.' if repeated else ""
         draft.notes.append(
             f"held whole: {len(loose)} parameters of {total:,} bytes ({names}) are gathered outside of any scan; the "
             f"compiler decides how many at once.{advice}"

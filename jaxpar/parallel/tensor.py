@@ -193,6 +193,7 @@ def propose(draft: Draft) -> str:
     rules = ", ".join(f"{kind}={names}" for kind, names in found.items() if names)
     if rules:
         return f"For this model, try TP({rules})."
-    shapes = fold_layers(f"{leaf.alias} {leaf.shape}" for leaf in matrices)
-    shown = ", ".join(shapes[:8]) + (", ..." if len(shapes) > 8 else "")
+    paths = fold_layers(leaf.alias for leaf in matrices)
+    shapes = dict.fromkeys(f"{path} {leaf.shape}" for path, leaf in zip(paths, matrices, strict=True))
+    shown = ", ".join(list(shapes)[:8]) + (", ..." if len(shapes) > 8 else "")
     return f"Name the modules to split, TP(column=[...], row=[...]); the matrices here are {shown or 'none'}."

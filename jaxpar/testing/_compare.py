@@ -5,13 +5,14 @@ tolerance is chosen, so none can be relaxed. Errors are the largest of a leaf, o
 (for updates, gradients and outputs alike). Two things are added, both from rounding alone:
 
 - a floor of 4 ulps of the leaf's dtype, so that a leaf that one device happens to get exactly right does not fail;
-- a leaf smaller than one ulp of the largest in its group is noise around zero (the gradient of a key's bias under a
-  softmax, say): it is judged by that ulp.
+- a leaf smaller than one ulp of the largest in its family is noise around zero (the gradient of a key's bias under a
+  softmax, say): it is judged by that ulp. A family is a group, or a part of one where leaves differ in kind: an
+  optimiser's second moments are squares of gradients, and small beside the parameters.
 """
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -64,10 +65,12 @@ class Comparison:
     Attributes:
         rows: One a leaf.
         reference: What the errors are measured against, in words.
+        notes: What a reader should know of what was, or could not be, compared.
     """
 
     rows: tuple[Row, ...]
     reference: str
+    notes: tuple[str, ...] = ()
 
     @property
     def ok(self) -> bool:
@@ -89,7 +92,7 @@ class Comparison:
 
     def __add__(self, other: "Comparison") -> "Comparison":
         both = self.reference if self.reference == other.reference else f"{self.reference}; {other.reference}"
-        return Comparison(rows=self.rows + other.rows, reference=both)
+        return Comparison(rows=self.rows + other.rows, reference=both, notes=(*self.notes, *other.notes))
 
     def __str__(self) -> str:
         rows = sorted(self.rows, key=lambda row: row.ok)  # what fails first
@@ -103,11 +106,29 @@ class Comparison:
         summary = f"{sum(row.ok for row in rows)} of {len(rows)} leaves agree with {self.reference}."
         if worst is not None:
             summary += f" Worst: {worst.group} {worst.path}, {worst.share:.2g} of what is allowed."
-        return f"{listed(lines, 40)}\n{summary}"
+        notes = [f"note: {note}" for note in self.notes]
+        return "\n".join([listed(lines, 40), *self._groups(), summary, *notes])
+
+    def _groups(self) -> list[str]:
+        """A line for each group, if there are several."""
+        groups = list(dict.fromkeys(row.group for row in self.rows))
+        lines = []
+        for group in groups if len(groups) > 1 else ():
+            rows = [row for row in self.rows if row.group == group]
+            worst = max(rows, key=lambda row: row.share)
+            agree = sum(row.ok for row in rows)
+            lines.append(f"{group:<9}  {agree} of {len(rows)} agree; worst {worst.path}, {worst.share:.2g} of allowed")
+        return lines
 
 
 def compare(
-    sharded: PyTree, single: PyTree, exact: PyTree | None, *, group: str = "outputs", bound: float = 1e-5
+    sharded: PyTree,
+    single: PyTree,
+    exact: PyTree | None,
+    *,
+    group: str = "outputs",
+    bound: float = 1e-5,
+    family: Callable[[str], str] = lambda path: "",
 ) -> Comparison:
     """Compare a sharded run with a single-device run of the same program, leaf by leaf.
 
@@ -119,6 +140,7 @@ def compare(
         exact: The same in float64. `None` where there is none: then the error is the distance from `single`.
         group: What the leaves are, for the table.
         bound: The most that a leaf may be off without `exact`, relative to its largest element.
+        family: From a leaf's path to the name of its family, where the leaves differ in kind.
 
     Example:
         >>> exact = {"w": np.array([1.0, 3.0])}
@@ -129,7 +151,10 @@ def compare(
     """
     ours, one, true = _fetch(sharded), _fetch(single), None if exact is None else _fetch(exact)
     expected = one if true is None else true
-    scale = max([_largest(leaf) for leaf in expected.values() if _is_inexact(leaf)], default=0.0)
+    scales: dict[str, float] = {}
+    for path, leaf in expected.items():
+        if _is_inexact(leaf):
+            scales[family(path)] = max(_largest(leaf), scales.get(family(path), 0.0))
     rows = [
         _row(
             group,
@@ -137,7 +162,7 @@ def compare(
             ours.get(path),
             one.get(path),
             None if true is None else true.get(path),
-            scale=scale,
+            scale=scales.get(family(path), 0.0),
             bound=bound,
         )
         for path in dict.fromkeys([*one, *ours])

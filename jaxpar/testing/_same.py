@@ -15,6 +15,7 @@ from jaxpar._types import PyTree
 from ._compare import Comparison, compare, host
 
 _Leaves = dict[str, Any]
+_WIDE = 64  # bits
 _RANDOM = ("random_bits", "threefry2x32", "rng_bit_generator", "rng_uniform", "random_gamma")
 
 
@@ -61,8 +62,20 @@ def assert_same(sharded: Any, reference: Any, args: tuple[Any, ...], *, grads: b
     return table
 
 
-def compare_runs(sharded: Any, reference: Any, args: tuple[Any, ...], *, grads: bool = True) -> Comparison:
-    """What `assert_same` asserts, as a table: nothing is raised for numbers that differ."""
+def compare_runs(
+    sharded: Any,
+    reference: Any,
+    args: tuple[Any, ...],
+    *,
+    grads: bool = True,
+    wide: bool = False,
+    family: Callable[[str], str] = lambda path: "",
+) -> Comparison:
+    """What `assert_same` asserts, as a table: nothing is raised for numbers that differ.
+
+    With `wide` the sharded run is in float64 too, rounded at the end, for what amplifies rounding. If float64 cannot be
+    had, the table is then empty, and notes why. `family` is as for `compare`.
+    """
     if not isinstance(args, tuple):
         raise TypeError(f"assert_same: args is a {type(args).__name__}; give a tuple, as in assert_same(f, g, (x,)).")
     if grads and hasattr(sharded, "plan"):
@@ -80,14 +93,22 @@ def compare_runs(sharded: Any, reference: Any, args: tuple[Any, ...], *, grads: 
             )
         single = theirs.run(moved, weights)
         exact, reason, bound = _exactly(theirs, moved, weights)
-        found = ours.run_as_it_is() if hasattr(sharded, "plan") else ours.run(ours.leaves, weights)
+        if wide and exact is None:
+            return Comparison(rows=(), reference="float64 on one device", notes=(reason,))
+        if wide:
+            with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
+                found = ours.run_as_it_is({path: _widened(leaf) for path, leaf in ours.leaves.items()})
+            found = {group: _rounded(leaves, single[group]) for group, leaves in found.items()}
+        else:
+            found = ours.run_as_it_is(ours.leaves) if hasattr(sharded, "plan") else ours.run(ours.leaves, weights)
     changed = _changed(moved, single["updates"]) | _changed(ours.leaves, found["updates"])
     tables = []
     for group, leaves in single.items():
         kept = changed if group == "updates" else {*leaves, *found[group]}
         if kept:
             true = None if exact is None else _only(exact[group], kept)
-            tables.append(compare(_only(found[group], kept), _only(leaves, kept), true, group=group, bound=bound))
+            here, there = _only(found[group], kept), _only(leaves, kept)
+            tables.append(compare(here, there, true, group=group, bound=bound, family=family))
     if not tables:
         raise ValueError("assert_same: the reference returns no arrays and changes none, so nothing would be compared.")
     table = ft.reduce(lambda one, other: one + other, tables)
@@ -115,6 +136,8 @@ class _Side:
     def outputs(self, leaves: _Leaves) -> tuple[_Leaves, _Leaves]:
         """What comes out, and the arguments afterwards where they can change in place."""
         args = self.build(leaves)
+        if any(leaf.dtype == np.float64 for leaf in leaves.values()):
+            _widen_modules(args)
         out = self.fn(*args)
         return _tree.leaves(out), _tree.leaves(args) if _tree.is_graph(args) else {}
 
@@ -126,9 +149,9 @@ class _Side:
         results = jax.jit(self.results)(leaves, weights)
         return {group: {path: host(leaf) for path, leaf in found.items()} for group, found in results.items()}
 
-    def run_as_it_is(self) -> dict[str, _Leaves]:
+    def run_as_it_is(self, leaves: _Leaves) -> dict[str, _Leaves]:
         """Outputs and updates of a step that is compiled already, and may use its arguments up."""
-        out, after = self.outputs({path: jnp.copy(leaf) for path, leaf in self.leaves.items()})
+        out, after = self.outputs({path: jnp.copy(leaf) for path, leaf in leaves.items()})
         return {
             "outputs": {path: host(leaf) for path, leaf in out.items()},
             "updates": {path: host(leaf) for path, leaf in after.items()},
@@ -161,17 +184,35 @@ def _exactly(side: _Side, leaves: _Leaves, weights: _Leaves | None) -> tuple[dic
         equations = list(_equations(traced.jaxpr))
         if any(each.primitive.name in _RANDOM for each in equations):
             return None, "the reference draws random numbers, which differ in float64", _bound([])
-        narrow = [
-            variable.aval.dtype
-            for each in equations
-            for variable in each.outvars
-            if jnp.issubdtype(getattr(variable.aval, "dtype", np.int32), jnp.inexact)
-            and jnp.finfo(variable.aval.dtype).eps > jnp.finfo(np.float64).eps
-        ]
+        narrow = [dtype for each in equations for dtype in _narrowed(each)]
         if narrow:
             kinds = ", ".join(sorted({str(dtype) for dtype in narrow}))
             return None, f"the reference casts to {kinds} inside", _bound(narrow)
         return side.run(wide, wide_weights), "", 0.0
+
+
+def _narrowed(equation: Any) -> list[Any]:
+    """Dtypes to which an equation rounds a float64. What is float32 from the start, such as a count, is exact."""
+    if next(_inner(equation), None) is not None:
+        return []  # a loop or a call: its own equations tell
+    floats = [
+        [variable.aval.dtype for variable in side if _is_float(variable)]
+        for side in (equation.invars, equation.outvars)
+    ]
+    is_wide = any(jnp.finfo(dtype).bits == _WIDE for dtype in floats[0])
+    return [dtype for dtype in floats[1] if is_wide and jnp.finfo(dtype).bits < _WIDE]
+
+
+def _is_float(variable: Any) -> bool:
+    dtype = getattr(variable.aval, "dtype", None)
+    return dtype is not None and jnp.issubdtype(dtype, jnp.inexact)
+
+
+def _rounded(leaves: _Leaves, like: _Leaves) -> _Leaves:
+    return {
+        path: leaf.astype(like[path].dtype) if path in like and _is_inexact(leaf) else leaf
+        for path, leaf in leaves.items()
+    }
 
 
 def _changed(before: _Leaves, after: _Leaves) -> set[str]:
@@ -192,12 +233,17 @@ def _bound(narrow: list[Any]) -> float:
 def _equations(jaxpr: Any) -> Iterator[Any]:
     for equation in jaxpr.eqns:
         yield equation
-        for value in jax.tree.leaves(
-            list(equation.params.values()), is_leaf=lambda each: hasattr(each, "eqns") or hasattr(each, "jaxpr")
-        ):
-            inner = getattr(value, "jaxpr", value)
-            if hasattr(inner, "eqns"):
-                yield from _equations(inner)
+        for inner in _inner(equation):
+            yield from _equations(inner)
+
+
+def _inner(equation: Any) -> Iterator[Any]:
+    """The jaxprs in an equation's parameters."""
+    parameters = list(equation.params.values())
+    for value in jax.tree.leaves(parameters, is_leaf=lambda each: hasattr(each, "eqns") or hasattr(each, "jaxpr")):
+        inner = getattr(value, "jaxpr", value)
+        if hasattr(inner, "eqns"):
+            yield inner
 
 
 def _weights(shapes: Mapping[str, jax.ShapeDtypeStruct]) -> _Leaves:
@@ -216,6 +262,17 @@ def _local(leaf: Any) -> Any:
         data = np.asarray(jax.random.key_data(leaf))
         return jax.random.wrap_key_data(jax.device_put(data, jax.devices()[0]), impl=jax.random.key_impl(leaf))
     return np.asarray(leaf)
+
+
+def _widen_modules(args: PyTree) -> None:
+    """Tell nnx modules that were told to compute in float32 (as `nnx.Embed` is, by default) to do so in float64."""
+    if not _tree.is_graph(args):
+        return
+    from flax import nnx
+
+    for _, module in nnx.iter_graph(args):
+        if isinstance(module, nnx.Module) and getattr(module, "dtype", None) in (jnp.float32, np.dtype(np.float32)):
+            module.dtype = jnp.float64
 
 
 def _widened(leaf: Any) -> Any:

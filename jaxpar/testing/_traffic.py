@@ -32,6 +32,9 @@ class Traffic(tuple[Collective, ...]):
         self.compiler, self.axes, self.unread = compiler, axes, unread
         return self
 
+    def __repr__(self) -> str:
+        return str(self)
+
     def __str__(self) -> str:
         return f"{len(self)} collectives by {self.compiler}\n" + "\n".join(_said(each) for each in self)
 

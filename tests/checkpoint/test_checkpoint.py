@@ -341,7 +341,11 @@ def test_donated_arrays_are_named(tmp_path):
     assert "w: deleted, as it was donated to a step" in message(checkpoint.save, tmp_path, 1, {"w": w})
 
 
-@pytest.mark.parametrize("state", [{"at": (1, 2)}, {1: 2}, {"rng": random.Random(0)}, {"raw": b"x"}], ids=["tuple", "int key", "object", "bytes"])
+@pytest.mark.parametrize(
+    "state",
+    [{"at": (1, 2)}, {1: 2}, {"rng": random.Random(0)}, {"raw": b"x"}],
+    ids=["tuple", "int key", "object", "bytes"],
+)
 def test_states_are_json(state, tmp_path):
     loader = Loader()
     loader.get_state = lambda: state

@@ -1,132 +1,310 @@
-"""The command line: what it prints, what it refuses, and how it exits."""
+"""The command line: each command in-process and once as a process, what it prints, and how it refuses."""
 
 import json
-import pathlib
 import subprocess
 import sys
+import textwrap
+import time
 
+import jax
 import pytest
 
 import jaxpar as jp
 from jaxpar.cli import main
 
-ROOT = pathlib.Path(__file__).parent.parent.parent
+MODULE = '''
+import jax
+import jax.numpy as jnp
+import optax
 
-TINY = """
-import jax, jax.numpy as jnp, optax
 import jaxpar as jp
-from models.gpt import config, recipes
-
-def small():
-    return recipes.recipe(config.TINY, batch=8, seq=32, warmup=2, steps=10)
-
-wrong = 3
-"""
 
 
-@pytest.fixture
-def app(tmp_path, monkeypatch):
-    (tmp_path / "their_app.py").write_text(TINY)
+def loss(params, batch):
+    return jnp.mean((batch["x"] @ params["w"] - batch["y"]) ** 2)
+
+
+def _recipe(**changes):
+    fields = {
+        "model": lambda: {"w": jnp.ones((64, 32)) / 64},
+        "loss": loss,
+        "optimizer": optax.adamw(1e-3),
+        "strategies": [jp.DP(), jp.FSDP()],
+        "batch": {name: jax.ShapeDtypeStruct((16, size), jnp.float32) for name, size in {"x": 64, "y": 32}.items()},
+        "accumulate": 2,
+    }
+    return jp.Recipe(**(fields | changes))
+
+
+recipe = _recipe()
+wrong = _recipe(strategies=[jp.DP(reduce=lambda grads, axes: {p: jax.lax.pmean(g, axes) for p, g in grads.items()})])
+
+
+def bigrams(rows=16):
+    """Each byte is guessed from the byte before."""
+
+    def loss(params, batch):
+        logits = jax.nn.log_softmax(params["table"][batch["tokens"]])
+        guessed = jnp.take_along_axis(logits, batch["labels"][..., None], -1)[..., 0]
+        return -jnp.sum(guessed * batch["weights"]), jnp.sum(batch["weights"])
+
+    tokens = jax.ShapeDtypeStruct((rows, 32), jnp.int32)
+    batch = {"tokens": tokens, "labels": tokens, "weights": jax.ShapeDtypeStruct((rows, 32), jnp.float32)}
+    return _recipe(model=lambda: {"table": jnp.zeros((256, 256))}, loss=loss, batch=batch, optimizer=optax.sgd(10.0))
+
+
+number = 3
+
+
+def asks(rows):
+    return _recipe()
+
+
+def fails():
+    raise ValueError("the user's own mistake")
+'''
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch):
+    """A working directory with a module of recipes and a text; what a command leaves behind goes with it."""
+    cache = jax.config.values["jax_compilation_cache_dir"]
+    (tmp_path / "mine.py").write_text(MODULE)
+    (tmp_path / "text").mkdir()
+    for index in range(4):
+        (tmp_path / "text" / f"{index}.txt").write_text(f"{index} the cat sat on the mat. " * 200)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
-    sys.modules.pop("their_app", None)
-    return tmp_path
+    monkeypatch.delitem(sys.modules, "mine", raising=False)
+    yield tmp_path
+    sys.modules.pop("mine", None)
+    jax.config.update("jax_compilation_cache_dir", cache)
 
 
-def test_plan(capsys, tmp_path):
-    code = main(["plan", "models.mlp:mlp", "--mesh", "data=2,fsdp=2,tensor=2", "--json", str(tmp_path / "plan.json")])
+# ---- plan
+
+
+def test_plan_prints_the_table_and_the_totals(capsys):
+    assert main(["plan", "mine:recipe", "--mesh", "data=2,fsdp=4"]) == 0
     out = capsys.readouterr().out
-    assert code == 0
-    assert "up.kernel" in out
-    assert "[fsdp, tensor]" in out
-    assert "global batch 64 = 16 per device x 1 microbatches x 4 batch shards" in out
-    assert jp.Plan.from_json((tmp_path / "plan.json").read_text()).axes == {"data": 2, "fsdp": 2, "tensor": 2}
+    assert "cpu:8" in out
+    assert "axes: data=2 x fsdp=4" in out
+    assert "w     float32 64x32" in out
+    assert "2,048 parameters" in out
+    assert "global batch 16 = 1 per device x 2 microbatches x 8 batch shards" in out
 
 
-def test_plan_of_hardware_that_is_not_here(capsys):
-    """70B parameters over 2,048 chips, on this machine, without any of them."""
-    assert main(["plan", "models.gpt:llama_70b", "--mesh", str(ROOT / "meshes/v5p_8x16x16.toml")]) == 0
+def test_plan_follows_one_leaf(capsys):
+    assert main(["plan", "mine:recipe", "--mesh", "fsdp=8", "--follow", "w"]) == 0
     out = capsys.readouterr().out
-    assert "2048 TPU v5p chips" in out
+    assert out.startswith("w  float32 (64, 32)")
+    assert "axes:" not in out
+
+
+def test_plan_goes_to_json_and_to_a_picture(here):
+    assert main(["plan", "mine:recipe", "--mesh", "fsdp=8", "--json", "plan.json", "--draw", "plan.svg"]) == 0
+    read = jp.Plan.from_json((here / "plan.json").read_text())
+    assert read.axes == {"fsdp": 8}
+    assert (here / "plan.svg").read_text().startswith("<svg")
+
+
+def test_a_70b_model_on_2048_chips_is_planned_in_seconds(capsys, monkeypatch, request):
+    monkeypatch.chdir(request.config.rootpath)
+    start = time.perf_counter()
+    assert main(["plan", "models.gpt:llama_70b", "--mesh", "meshes/v5p_8x16x16.toml"]) == 0
+    assert time.perf_counter() - start < 30
+    out = capsys.readouterr().out
+    assert "v5p:8x16x16: 2048 TPU v5p chips" in out
     assert "70,553,706,496 parameters" in out
-    assert "per device: parameters" in out
+    assert all(f"blocks.each.{name}" in out for name in ("attn.q.kernel", "mlp.down.kernel", "attn_norm.scale"))
 
 
-def test_follow_and_draw(capsys, tmp_path):
-    picture = tmp_path / "up.svg"
-    words = ["plan", "models.mlp:mlp", "--mesh", "fsdp=8", "--follow", "up.kernel", "--draw", str(picture)]
-    assert main(words) == 0
-    assert "gathered" in capsys.readouterr().out
-    assert picture.read_text().startswith("<svg")
+def test_the_environment_names_a_mesh_too_and_the_command_line_counts_more(capsys, monkeypatch):
+    monkeypatch.setenv("JAXPAR_MESH", "data=8")
+    assert main(["plan", "mine:recipe"]) == 0
+    assert "axes: data=8" in capsys.readouterr().out
+    assert main(["plan", "mine:recipe", "--mesh", "fsdp=8"]) == 0
+    assert "axes: fsdp=8" in capsys.readouterr().out
 
 
-def test_verify(capsys, app):
-    assert main(["verify", "their_app:small", "--mesh", "data=2,fsdp=2,tensor=2"]) == 0
-    assert "leaves agree" in capsys.readouterr().out
+# ---- verify
 
 
-def test_train_and_resume(capsys, app):
-    (app / "text").mkdir()
-    for index in range(20):
-        (app / "text" / f"{index}.txt").write_text(f"file {index}: all work and no play makes jack a dull boy.\n" * 40)
-    words = ["train", "their_app:small", "--mesh", "data=2,fsdp=2,tensor=2", "--data", "text", "--directory", "run"]
-
-    assert main([*words, "--steps", "4"]) == 0
-    assert "4 steps in" in capsys.readouterr().out
-    assert main([*words, "--steps", "6"]) == 2
-    assert "holds a run, saved up to step 4" in capsys.readouterr().err
-    assert main([*words, "--steps", "6", "--resume"]) == 0
-
-    lines = [json.loads(line) for line in (app / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
-    assert "eval/loss" in lines[-1]
-    assert (app / "run" / "plan.svg").exists()
+def test_verify_says_yes_with_0_and_no_with_1(capsys):
+    assert main(["verify", "mine:recipe", "--mesh", "data=2,fsdp=4"]) == 0
+    out = capsys.readouterr().out
+    assert "FAIL" not in out
+    assert all(group in out for group in ("outputs", "gradients", "updates"))
+    assert main(["verify", "mine:wrong", "--mesh", "data=8"]) == 1
+    assert "FAIL  gradients" in capsys.readouterr().out
 
 
-def test_doctor(capsys):
+# ---- train
+
+
+def train(*more):
+    words = ["train", "mine:bigrams", "--mesh", "data=2,fsdp=4", "--data", "text", "--directory", "run", *more]
+    return main(words)
+
+
+def losses(here):
+    lines = [json.loads(line) for line in (here / "run" / "metrics.jsonl").read_text().splitlines()]
+    return {line["step"]: line["loss"] for line in lines if "loss" in line}
+
+
+def test_train_learns_saves_and_goes_on(here, capsys):
+    assert train("--steps", "3") == 0
+    out = capsys.readouterr().out
+    assert "tokens to train on" in out
+    assert "3 steps in " in out
+    assert "eval/loss" in out
+    assert (here / "run" / "plan.svg").exists()
+    assert jp.Plan.from_json((here / "run" / "plan.json").read_text()).axes == {"data": 2, "fsdp": 4}
+    assert losses(here)[3] < losses(here)[1]
+
+    assert train("--steps", "4") == 2
+    assert "run holds a run, saved up to step 3" in capsys.readouterr().err
+
+    assert train("--steps", "5", "--resume") == 0
+    assert list(losses(here)) == [1, 2, 3, 4, 5]
+
+
+def test_train_wants_a_batch_of_text(capsys):
+    assert main(["train", "mine:recipe", "--data", "text", "--mesh", "data=8"]) == 2
+    err = capsys.readouterr().err
+    assert "jaxpar train reads text, for recipes whose batch has tokens and labels" in err
+    assert "'x': (16, 64)" in err
+
+
+def test_train_wants_a_vocabulary_that_is_large_enough(here, capsys):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    tokenizer = Tokenizer(models.WordLevel({f"w{index}": index for index in range(300)}, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.save(str(here / "tokenizer.json"))
+    assert train("--tokenizer", "tokenizer.json") == 2
+    assert "300 token ids" in capsys.readouterr().err
+    assert not (here / "run").exists()
+
+
+def test_train_names_a_path_without_text(capsys):
+    assert main(["train", "mine:bigrams", "--data", "nowhere", "--mesh", "data=8"]) == 2
+    assert "nowhere" in capsys.readouterr().err
+
+
+# ---- doctor
+
+
+def test_doctor_prints_versions_devices_extras_and_environment(capsys, monkeypatch):
+    monkeypatch.setenv("JAXPAR_MESH", "fsdp=4")
     assert main(["doctor"]) == 0
     out = capsys.readouterr().out
-    for word in ("versions", "jax ", "devices", "8 x cpu", "extras", "environment"):
-        assert word in out
+    parts = {part.splitlines()[0]: part for part in out.strip().split("\n\n")}
+    assert list(parts) == ["versions", "devices", "extras", "environment"]
+    assert f"python {sys.version_info[0]}.{sys.version_info[1]}" in parts["versions"]
+    assert all(f"\n  {name} " in parts["versions"] for name in ("jaxpar", "jax", "jaxlib", "flax", "optax", "grain"))
+    assert "(cpu)" in parts["devices"]
+    assert "jp.simulate(8)" in parts["devices"]
+    assert "wandb: metrics in Weights & Biases:" in parts["extras"]
+    assert "JAXPAR_MESH=fsdp=4" in parts["environment"]
+
+
+def test_doctor_works_where_jax_does_not(capsys, monkeypatch):
+    monkeypatch.setenv("JAX_PLATFORMS", "no_such_platform")
+    assert main(["doctor"]) == 0
+    out = capsys.readouterr().out
+    assert "JAX does not start: " in out
+    assert "no_such_platform" in out
+    assert "JAX_PLATFORMS=cpu jaxpar doctor" in out
+
+
+def test_doctor_works_with_nothing_installed(child_env, request):
+    """Not even tyro and numpy: only what Python brings, and this checkout."""
+    env = {**child_env, "PYTHONPATH": str(request.config.rootpath)}
+    done = run([sys.executable, "-S", "-m", "jaxpar", "doctor"], env)
+    assert done.returncode == 0, done.stderr
+    assert "jax is not installed: pip install jax" in done.stdout
+    assert "tyro is not installed: pip install tyro" in done.stdout
+    assert "hf: tokenisers and weights of Hugging Face: not installed: pip install 'jaxpar[hf]'" in done.stdout
+
+
+# ---- what is refused
 
 
 @pytest.mark.parametrize(
-    ("name", "message"),
+    ("words", "message"),
     [
-        ("models.gpt", "does not name a recipe. Write MODULE:NAME"),
-        ("no_such_app:recipe", "there is no module 'no_such_app'"),
-        ("models.gpt:lama_70b", "Did you mean 'llama_70b'?"),
-        ("their_app:wrong", "is a int, not a recipe"),
+        (["plan", "mine"], "'mine' does not name a recipe. Write MODULE:NAME, as in models.gpt:demo."),
+        (["plan", "mein:recipe"], "there is no module 'mein' in "),
+        (["plan", "mein:recipe"], "Did you mean 'mine'?"),
+        (["plan", "mine:recip"], "mine has no 'recip'. Did you mean 'recipe'?"),
+        (["plan", "mine:number"], "mine:number is an int, not a recipe. Name a jp.Recipe, or a function"),
+        (["plan", "mine:asks"], "mine:asks takes arguments."),
+        (["plan", "mine:recipe", "--mesh", "fdsp=8"], "Did you mean 'fsdp'?"),
+        (["plan", "mine:recipe", "--mesh", "fsdp=3"], "makes 3"),
+        (["plan", "mine:recipe", "--mesh", "no.toml"], "There is no mesh file 'no.toml'."),
+        (["plan", "mine:recipe", "--mesh", "v6p-8"], "'v6p-8'"),
+        (["plan", "mine:recipe", "--mesh", "fsdp=8", "--follow", "u"], "the plan has no such leaf"),
+        (["plan", "mine:recipe", "--mesh", "fsdp=8", "--draw", "plan.gif"], "plan.gif"),
+        (["plan", "mine:recipe", "--mesh", "fsdp=8", "--json", "no/plan.json"], "no/plan.json"),
+        (["plan", "mine:fails"], "the user's own mistake\n(ValueError; --traceback shows where it comes from.)"),
+        (["verify", "mine:recipe", "--mesh", "v5p-16:fsdp=8"], "not attached"),
     ],
+    ids=lambda each: each if isinstance(each, str) else " ".join(each[1:]),
 )
-def test_names_that_lead_nowhere(name, message, capsys, app):
-    assert main(["plan", name]) == 2
-    assert message in capsys.readouterr().err
+def test_refusals_are_one_message(words, message, capsys):
+    assert main(words) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("jaxpar: ")
+    assert message in err
+    assert "Traceback" not in err
 
 
-def test_a_mesh_that_does_not_fit(capsys):
-    assert main(["plan", "models.mlp:mlp", "--mesh", "fsdp=3"]) == 2
-    assert "jaxpar: " in capsys.readouterr().err
+def test_traceback_shows_where(capsys):
+    with pytest.raises(ValueError, match="the user's own mistake"):
+        main(["plan", "mine:fails", "--traceback"])
 
 
-def test_data_that_is_not_text(capsys):
-    assert main(["train", "models.mlp:mlp", "--mesh", "fsdp=8"]) == 2
-    assert "jaxpar train reads text" in capsys.readouterr().err
+def test_a_module_that_does_not_import_is_not_called_missing(here, capsys):
+    (here / "broken.py").write_text("import no_such_package\n")
+    assert main(["plan", "broken:recipe"]) == 2
+    err = capsys.readouterr().err
+    assert "No module named 'no_such_package'" in err
+    assert "there is no module 'broken'" not in err
 
 
-def test_traceback(app):
-    with pytest.raises(jp.StepError):
-        main(["plan", "their_app:wrong", "--traceback"])
+def test_what_cannot_be_parsed_exits_with_2(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["plna", "mine:recipe"])
+    assert stopped.value.code == 2
 
 
-def test_as_a_process(child_env):
-    done = subprocess.run(
-        [sys.executable, "-m", "jaxpar", "plan", "models.mlp:mlp", "--mesh", "meshes/cpu_8.toml"],
-        env=child_env,
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "axes: data=2 x fsdp=2 x tensor=2" in done.stdout
+def test_help_names_every_command(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["--help"])
+    assert stopped.value.code == 0
+    out = capsys.readouterr().out
+    assert all(command in out for command in ("train", "plan", "verify", "doctor", "--traceback"))
+
+
+# ---- as processes
+
+
+def run(words, env):
+    return subprocess.run(words, env=env, capture_output=True, text=True, timeout=240, check=False)
+
+
+def test_each_command_is_a_process_that_simulates_its_devices(here, child_env):
+    """From a terminal nothing is set up: the CPU has one device, and `--mesh` says eight."""
+    env = {name: value for name, value in child_env.items() if name != "JAX_NUM_CPU_DEVICES"}
+    words = [sys.executable, "-m", "jaxpar"]
+    commands = textwrap.dedent("""
+        plan mine:recipe --mesh cpu:8:fsdp=4,data=2
+        verify mine:recipe --mesh data=4,fsdp=2
+        train mine:bigrams --mesh cpu:8:data=8 --data text --directory run --steps 2
+        doctor
+    """)
+    for command in commands.strip().splitlines():
+        done = run([*words, *command.split()], env)
+        assert done.returncode == 0, (command, done.stdout, done.stderr)
+        assert done.stdout, command

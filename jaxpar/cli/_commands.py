@@ -1,0 +1,112 @@
+"""What a person types: one class a command, its arguments and what it runs."""
+
+import dataclasses
+import pathlib
+from typing import Annotated
+
+from tyro.conf import Positional, arg, subcommand
+
+from .._verify import verify
+from . import _doctor, _load, _train
+
+RECIPE = (
+    "MODULE:NAME of a jp.Recipe, or of a function that returns one, in your own code: `models.gpt:demo`. The working "
+    "directory is on the path."
+)
+MESH = (
+    "Axes (`fsdp=4,tensor=2`), hardware (`v5p-128`), both (`v5p-128:fsdp=32,tensor=2`), or a TOML file. By default all "
+    "devices on `fsdp`, or what JAXPAR_MESH says."
+)
+
+Recipe = Annotated[Positional[str], arg(metavar="MODULE:NAME", help=RECIPE)]
+Mesh = Annotated[str | None, arg(help=MESH)]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Show where every leaf of a recipe's program lives, why, and what moves a step. Allocates nothing."""
+
+    recipe: Recipe
+    mesh: Mesh = None
+    follow: str | None = None
+    """The path of one leaf, to see its life instead of the table."""
+    json: pathlib.Path | None = None
+    """Also write the plan here, as JSON."""
+    draw: pathlib.Path | None = None
+    """Also draw it here: an .svg, .html or, with matplotlib, .png file."""
+
+    def run(self) -> int:
+        """Print the plan."""
+        program = _load.program(self.recipe, self.mesh)
+        print(program.plan.follow(self.follow) if self.follow else program)
+        if self.json:
+            self.json.write_text(program.plan.to_json())
+        if self.draw:
+            program.plan.draw(self.follow).save(self.draw)
+        return 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Verify:
+    """Prove that a recipe's step computes on a mesh what it computes on one device. Exits with 1 if it does not."""
+
+    recipe: Recipe
+    mesh: Mesh = None
+
+    def run(self) -> int:
+        """Print the table."""
+        program = _load.program(self.recipe, self.mesh)
+        print(f"{self.recipe}: {program.plan!r}", flush=True)
+        found = verify(program)
+        print(found)
+        return 0 if found.ok else 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Train:
+    """Train a recipe whose batch has `tokens` and `labels` on text, with checkpoints, evaluation and a progress bar."""
+
+    recipe: Recipe
+    mesh: Mesh = None
+    steps: int = 1000
+    """Of the whole run, those before a --resume included."""
+    directory: pathlib.Path = pathlib.Path("runs/train")
+    """Where the run lives: metrics, events, checkpoints, plan."""
+    resume: bool = False
+    """Go on with the run in the directory."""
+    data: tuple[pathlib.Path, ...] = ()
+    """Text files and directories. By default the Python standard library's own sources."""
+    tokenizer: pathlib.Path | None = None
+    """A Hugging Face `tokenizer.json`; bytes by default."""
+    validation: float = 0.1
+    """The share of the text to evaluate on, by document."""
+    eval_every: int | None = None
+    """Steps between evaluations; by default once, at the end."""
+    every: str = "10min"
+    """When to save besides the end: `10min`, or steps, `100`."""
+    seed: int = 0
+    """Of the order of the data."""
+    cache: pathlib.Path = pathlib.Path(".cache/jaxpar")
+    """Where tokens and compiled programs are kept between runs."""
+
+    def run(self) -> int:
+        """Train, and say how it ended."""
+        return _train.train(self)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Doctor:
+    """Print versions and devices, what is missing, and what to type."""
+
+    def run(self) -> int:
+        """Print the findings."""
+        print(_doctor.report())
+        return 0
+
+
+Command = (
+    Annotated[Train, subcommand("train")]
+    | Annotated[Plan, subcommand("plan")]
+    | Annotated[Verify, subcommand("verify")]
+    | Annotated[Doctor, subcommand("doctor")]
+)
