@@ -209,7 +209,7 @@ class BoundPlan(Plan):
         return _tree.replace(tree, placed)
 
     def shardings(self, tree: PyTree) -> PyTree:
-        """A `NamedSharding` for each array or number of `tree`: a model, an optimiser's state, a `TrainState`, gradients.
+        """A `NamedSharding` for each array and number of `tree`: a model, optimiser state, a `TrainState`, gradients.
 
         Returns:
             For a pytree the same structure; for nnx objects a dict by path.

@@ -1,12 +1,15 @@
 """A call of a step taken apart, so that `jax.jit` sees arrays and nothing else; and its result put together.
 
-Arguments may be nnx graph nodes (changed in place, as `nnx.jit` does it), any pytrees, and static values. All nodes of
-a call are split jointly, so that a variable that two of them share stays shared.
+Arguments may be nnx modules and optimisers (*nodes*: changed in place, as `nnx.jit` does it), any pytrees, an
+`nnx.State` among them (its variables are a pytree's), and static values. All nodes of a call are split jointly, so that
+a variable that two of them share stays shared. Splitting walks every module in Python, so `Glance` tells at a glance
+whether the next call has the very same nodes.
 """
 
 import dataclasses
 import inspect
-from collections.abc import Callable, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -70,15 +73,17 @@ def take_apart(names: Sequence[str], args: tuple[Any, ...], kwargs: dict[str, An
     treedefs = []
     slots: set[str] = set()
     for name, value in named:
-        leaves, treedef = jax.tree_util.tree_flatten_with_path(value, is_leaf=is_node)
-        flat += [(_join(name, _tree.path_of(keys)), leaf) for keys, leaf in leaves]
+        leaves, treedef = _flatten(value)
+        flat += [(_join(name, path), leaf) for path, leaf in leaves]
         slots |= {_join(name, path) for path in optimizer_paths(value)}
         treedefs.append(treedef)
     node_at = [index for index, (_, leaf) in enumerate(flat) if is_node(leaf)]
     array_at = [index for index, (_, leaf) in enumerate(flat) if index not in set(node_at) and _is_traced(leaf)]
     static_at = [index for index in range(len(flat)) if index not in set(node_at) and index not in set(array_at)]
     nodes = tuple(flat[index][1] for index in node_at)
-    graphdef, arrays, places, node_values = _split_nodes(nodes, [flat[index][0] for index in node_at])
+    graphdef, arrays, places, node_values = _split_nodes(
+        nodes, [Place(flat[i][0], None, flat[i][0] in slots) for i in node_at]
+    )
     num_node_arrays = len(arrays)
     arrays += [flat[index][1] for index in array_at]
     places += [Place(flat[index][0], is_slot=flat[index][0] in slots) for index in array_at]
@@ -128,22 +133,23 @@ class Result:
 
 def take_result_apart(result: PyTree, nodes: tuple[Any, ...]) -> tuple[list[Any], Result]:
     """The arrays of what a step returned, and how to put them together; `nodes` are its own arguments, traced."""
-    leaves, treedef = jax.tree_util.tree_flatten_with_path(result, is_leaf=is_node)
+    for _, variable in bare_variables(result):
+        unplan(variable)
+    leaves, treedef = _flatten(result)
     slots = optimizer_paths(result)
     own: list[Any] = []
-    own_paths: list[str] = []
+    own_places: list[Place] = []
     steps: list[tuple[str, Any]] = []
     arrays: list[Any] = []
     places: list[Place] = []
-    for keys, leaf in leaves:
-        path = _tree.path_of(keys)
+    for path, leaf in leaves:
         same = next((index for index, node in enumerate(nodes) if node is leaf), None)
         if same is not None:
             steps.append(("argument", same))
         elif is_node(leaf):
             steps.append(("node", len(own)))
             own.append(leaf)
-            own_paths.append(path)
+            own_places.append(Place(path, None, path in slots))
         elif _is_traced(leaf):
             steps.append(("array", len(arrays)))
             arrays.append(leaf)
@@ -152,7 +158,7 @@ def take_result_apart(result: PyTree, nodes: tuple[Any, ...]) -> tuple[list[Any]
             steps.append(("static", leaf))
     for node in own:
         _unplan_all(node)
-    _, node_arrays, node_places, node_values = _split_nodes(tuple(own), own_paths)
+    _, node_arrays, node_places, node_values = _split_nodes(tuple(own), own_places)
 
     def assemble(values: Sequence[Any], callers: tuple[Any, ...]) -> PyTree:
         made = node_values(values[: len(node_arrays)])
@@ -165,30 +171,157 @@ def take_result_apart(result: PyTree, nodes: tuple[Any, ...]) -> tuple[list[Any]
 
 def node_arrays(nodes: tuple[Any, ...]) -> list[Any]:
     """The arrays of nnx `nodes`, in the order in which `take_apart` lists them."""
-    return _split_nodes(nodes, [""] * len(nodes))[1]
+    return _split_nodes(nodes, [Place("")] * len(nodes))[1]
 
 
 def graphdef_of(nodes: tuple[Any, ...]) -> Any:
     """The static structure of nnx `nodes`."""
-    return _split_nodes(nodes, [""] * len(nodes))[0]
+    return _split_nodes(nodes, [Place("")] * len(nodes))[0]
 
 
-def update_nodes(nodes: tuple[Any, ...], values: Sequence[Any]) -> None:
-    """Put `values`, in the order of `take_apart`, into the caller's own nnx `nodes`, in place."""
+def variables_of(nodes: tuple[Any, ...]) -> list[Any]:
+    """For each array of `nodes`, in the same order, the variable that holds it; `None` for a bare array."""
     if not nodes:
+        return []
+    from flax import nnx
+
+    at = {keys: node for keys, node in nnx.iter_graph(nodes) if isinstance(node, nnx.Variable)}
+    return [at.get(keys) for keys, leaf in nnx.to_flat_state(nnx.state(nodes)) for _ in _arrays_of(leaf)]
+
+
+def update_nodes(nodes: tuple[Any, ...], values: Mapping[int, Any]) -> None:
+    """Put `values`, by their place in the order of `take_apart`, into the caller's own nnx `nodes`, in place."""
+    if not values:
         return
     from flax import nnx
 
-    flat = nnx.to_flat_state(nnx.state(nodes))
-    nnx.update(
-        nodes,
-        nnx.from_flat_state([(keys, _with(leaf, value)) for (keys, leaf), value in zip(flat, values, strict=True)]),
-    )
+    at, changed = 0, []
+    for keys, leaf in nnx.to_flat_state(nnx.state(nodes)):
+        own = [array for _, array in _arrays_of(leaf)]
+        if any(at + index in values for index in range(len(own))):
+            changed.append((keys, _with(leaf, [values.get(at + index, array) for index, array in enumerate(own)])))
+        at += len(own)
+    nnx.update(nodes, nnx.from_flat_state(changed))
+
+
+class Glance:
+    """What the last call looked like: whether the next one is alike shows without splitting its nodes.
+
+    It is, if it has the same nnx objects, the modules in them the same attributes, by identity, the variables the same
+    metadata, and all else is equal; and if each array has the type it had and lies where it should. Keeps no array and
+    no node alive.
+    """
+
+    @classmethod
+    def of(cls, call: Call, shardings: Sequence[Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> "Glance | None":
+        """Of a call that has just been made; `None` if its nodes hold what cannot be watched."""
+        variables = variables_of(call.nodes)
+        containers: list[tuple[dict[Any, Any], dict[Any, Any]]] = []
+        watched = all(_watch(node, containers) for node in call.nodes)
+        if not watched or not all(each is not None and _tree.is_array(each.get_raw_value()) for each in variables):
+            return None
+        return cls(call, shardings, args, kwargs, variables, containers)
+
+    def __init__(
+        self,
+        call: Call,
+        shardings: Sequence[Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        variables: list[Any],
+        containers: list[tuple[dict[Any, Any], dict[Any, Any]]],
+    ):
+        leaves, self._treedef = jax.tree.flatten((args, kwargs), is_leaf=is_node)
+        self._inside: list[Any] = [(variables, [each.get_metadata() for each in variables], containers)]
+        forget = self._inside.clear  # what is inside a node must not outlive it
+        self._roots = [(at, weakref.ref(leaf, lambda _: forget())) for at, leaf in enumerate(leaves) if is_node(leaf)]
+        self._arrays_at = [at for at, leaf in enumerate(leaves) if not is_node(leaf) and _is_traced(leaf)]
+        rest = set(range(len(leaves))) - {at for at, _ in self._roots} - set(self._arrays_at)
+        self._static = [(at, leaves[at]) for at in sorted(rest)]
+        self._types = [(type_of(array), sharding) for array, sharding in zip(call.arrays, shardings, strict=True)]
+        self._known: list[tuple[Any, Any]] = [(self, self)] * len(self._types)  # literal aval and sharding; none yet
+
+    def look(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Any], tuple[Any, ...]] | None:
+        """The arrays of a call in the order of `take_apart`, and its nodes; `None` if it is not alike."""
+        leaves, treedef = jax.tree.flatten((args, kwargs), is_leaf=is_node)
+        if treedef != self._treedef or not self._inside:
+            return None
+        nodes = tuple(leaves[at] for at, _ in self._roots)
+        variables, metadata, containers = self._inside[0]
+        alike = (
+            all(node is root() for node, (_, root) in zip(nodes, self._roots, strict=True))
+            and all(type(leaves[at]) is type(value) and leaves[at] == value for at, value in self._static)
+            and all(_unchanged(now, before) for now, before in containers)
+            and all(each.get_metadata() == before for each, before in zip(variables, metadata, strict=True))
+        )
+        if not alike:
+            return None
+        arrays = [each.get_raw_value() for each in variables] + [leaves[at] for at in self._arrays_at]
+        for index, (array, known) in enumerate(zip(arrays, self._known, strict=True)):
+            if getattr(array, "aval", None) is not known[0] or array.sharding is not known[1]:
+                arrays[index] = self._placed(index, array)
+                if arrays[index] is None:
+                    return None
+        return arrays, nodes
+
+    def update(self, values: Mapping[int, Any]) -> None:
+        """As `update_nodes`."""
+        variables = self._inside[0][0]
+        for at, value in values.items():
+            variables[at].set_raw_value(value)
+
+    def _placed(self, index: int, array: Any) -> Any:
+        """An array that is not literally as the last one: itself if it is equal to it, moved if it is a scalar."""
+        kind, sharding = self._types[index]
+        if not _is_traced(array) or isinstance(array, jax.ShapeDtypeStruct) or type_of(array) != kind:
+            return None
+        if isinstance(array, jax.Array) and getattr(array, "sharding", None) == sharding:
+            self._known[index] = (array.aval, array.sharding)
+            return array
+        return None if kind[0] else jax.device_put(array, sharding)
+
+
+def type_of(array: Any) -> tuple[tuple[int, ...], Any, bool]:
+    """Shape, dtype, and whether the dtype is weak, as JAX sees them: a Python `0` is what `0 + 1` comes back as."""
+    aval = array if isinstance(array, jax.Array | jax.ShapeDtypeStruct) else jax.typeof(array)
+    return (aval.shape, aval.dtype, bool(aval.weak_type))
+
+
+def _watch(value: Any, containers: list[tuple[dict[Any, Any], dict[Any, Any]]]) -> bool:
+    """Add the dicts in which `value` keeps modules and variables, and copies of them; `False` if it may keep others."""
+    from flax import nnx
+
+    if isinstance(value, nnx.Variable) or jax.tree_util.all_leaves([value]) or value is None:
+        return True
+    if isinstance(value, tuple):
+        return all(_watch(each, containers) for each in value)
+    if isinstance(value, nnx.Pytree | nnx.State):
+        items = vars(value)
+    elif isinstance(value, dict):
+        items = value
+    else:
+        return False
+    containers.append((items, dict(items)))
+    return all(_watch(each, containers) for key, each in items.items() if not str(key).startswith("_pytree__"))
+
+
+def _unchanged(now: dict[Any, Any], before: dict[Any, Any]) -> bool:
+    return len(now) == len(before) and all(now.get(key) is value for key, value in before.items())
+
+
+def bare_variables(tree: PyTree) -> list[tuple[str, Any]]:
+    """The nnx variables of `tree` that are in no module, such as those of an `nnx.State`, by path."""
+    leaves = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_tree.is_graph_node)[0]
+    return [(_tree.path_of(keys), leaf) for keys, leaf in leaves if _tree.is_graph_node(leaf) and not is_node(leaf)]
 
 
 def is_node(leaf: Any) -> bool:
-    """Whether `leaf` is an nnx graph node or variable."""
-    return _tree.is_graph_node(leaf)
+    """Whether `leaf` is an nnx module, optimiser or the like, which is changed in place."""
+    if not _tree.is_graph_node(leaf):
+        return False
+    from flax import nnx
+
+    return not isinstance(leaf, nnx.Variable)
 
 
 def optimizer_paths(tree: PyTree) -> set[str]:
@@ -200,14 +333,22 @@ def optimizer_paths(tree: PyTree) -> set[str]:
     found = set()
     for keys, node in jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_state)[0]:
         if isinstance(node, tuple):
-            inner = jax.tree_util.tree_flatten_with_path(node)[0]
-            found |= {_tree.path_of((*keys, *rest)) for rest, _ in inner}
+            found |= {_join(_tree.path_of(keys), path) for path, _ in _flatten(node)[0]}
     return found
 
 
-def _split_nodes(
-    nodes: tuple[Any, ...], prefixes: Sequence[str]
-) -> tuple[Any, list[Any], list[Place], Callable[..., Any]]:
+def _flatten(tree: PyTree) -> tuple[list[tuple[str, Any]], Any]:
+    """The leaves of `tree` by path, nodes being leaves, and its structure. A variable has the path of its value."""
+    leaves, treedef = jax.tree.flatten(tree, is_leaf=is_node)
+    paths: list[str] = []
+    for keys, leaf in jax.tree_util.tree_flatten_with_path(tree, is_leaf=_tree.is_graph_node)[0]:
+        is_variable = _tree.is_graph_node(leaf) and not is_node(leaf)
+        inside = [path for path, _ in _values_of(leaf)] if is_variable else [""]
+        paths += [_join(_tree.path_of(keys), path) for path in inside]
+    return list(zip(paths, leaves, strict=True)), treedef
+
+
+def _split_nodes(nodes: tuple[Any, ...], at: Sequence[Place]) -> tuple[Any, list[Any], list[Place], Callable[..., Any]]:
     if not nodes:
         return None, [], [], lambda values: ()
     from flax import nnx
@@ -216,23 +357,38 @@ def _split_nodes(
     flat: list[tuple[tuple[Any, ...], Any]] = list(nnx.to_flat_state(state))
     arrays, places = [], []
     for keys, leaf in flat:
-        is_variable = isinstance(leaf, nnx.Variable)
-        kind = type(leaf) if is_variable else None
-        arrays.append(leaf.get_raw_value() if is_variable else leaf)
-        prefix = prefixes[int(keys[0])]
-        path = _join(prefix, _tree.path_of(keys[1:]))
-        places.append(Place(path, kind, is_slot=kind is not None and issubclass(kind, nnx.OptState)))
+        kind = type(leaf) if isinstance(leaf, nnx.Variable) else None
+        node = at[int(keys[0])]
+        is_slot = node.is_slot or (kind is not None and issubclass(kind, nnx.OptState))
+        for path, array in _arrays_of(leaf):
+            arrays.append(array)
+            places.append(Place(_join(node.path, _join(_tree.path_of(keys[1:]), path)), kind, is_slot))
 
     def values_to_nodes(values: Sequence[Any]) -> tuple[Any, ...]:
-        with_values = [(keys, _with(leaf, value)) for (keys, leaf), value in zip(flat, values, strict=True)]
-        return nnx.merge(graphdef, nnx.from_flat_state(with_values))
+        left = iter(values)
+        filled = [(keys, _with(leaf, [next(left) for _ in _arrays_of(leaf)])) for keys, leaf in flat]
+        return nnx.merge(graphdef, nnx.from_flat_state(filled))
 
     return graphdef, arrays, places, values_to_nodes
 
 
-def _with(leaf: Any, value: Any) -> Any:
-    """`value` in a copy of the variable `leaf`, or alone where `leaf` is a bare array."""
-    return leaf.replace(value) if hasattr(leaf, "get_raw_value") else value
+def _arrays_of(leaf: Any) -> Iterator[tuple[str, Any]]:
+    """The arrays of a variable or bare array, by path in it: one, those of a pytree, or none (`optax.MaskedNode`)."""
+    return ((path, value) for path, value in _values_of(leaf) if _tree.is_array(value))
+
+
+def _values_of(leaf: Any) -> list[tuple[str, Any]]:
+    value = leaf.get_raw_value() if _tree.is_graph_node(leaf) else leaf
+    return [(_tree.path_of(keys), each) for keys, each in jax.tree_util.tree_flatten_with_path(value)[0]]
+
+
+def _with(leaf: Any, values: list[Any]) -> Any:
+    """A copy of the variable `leaf` that holds `values`; or the one value, where `leaf` is a bare array."""
+    if not _tree.is_graph_node(leaf):
+        return values[0]
+    old, treedef = jax.tree.flatten(leaf.get_raw_value())
+    left = iter(values)
+    return leaf.replace(jax.tree.unflatten(treedef, [next(left) if _tree.is_array(each) else each for each in old]))
 
 
 def _unplan_all(node: Any) -> None:

@@ -24,9 +24,10 @@ import numpy as np
 from jax.sharding import PartitionSpec
 
 from . import _context, _traits, _tree
+from ._calls import bare_variables
 from ._context import Region, as_spec, axes_at, drop_axes
 from ._errors import StepError
-from ._planned import gather
+from ._planned import gather, plan_read, unplan
 from ._reduce import reduce_once
 from ._types import Axes, PyTree
 from .parallel import DP
@@ -153,8 +154,13 @@ def _graph_subject(model: PyTree) -> _Subject:
 
     def build(values: dict[str, jax.Array], state: list[Any]) -> tuple[PyTree, Callable[[], list[Any]]]:
         merged = nnx.merge(graphdef, as_state(values), jax.tree.unflatten(other_tree, state))
+        bare = [] if region is None else _bare_parameters(merged, region)
+        for path, variable in bare:
+            plan_read(path, variable)
 
         def after() -> list[Any]:
+            for _, variable in bare:
+                unplan(variable)
             new_graphdef, _, new_others = nnx.split(merged, wanted, ...)
             if new_graphdef != graphdef:
                 raise StepError("the loss adds or removes variables of the model. Make them before the step.")
@@ -169,6 +175,16 @@ def _graph_subject(model: PyTree) -> _Subject:
         update=lambda state: nnx.update(model, jax.tree.unflatten(other_tree, state)) if state else None,
         as_gradients=as_state,
     )
+
+
+def _bare_parameters(state: PyTree, region: Region) -> list[tuple[str, Any]]:
+    """The variables of an `nnx.State` that are parameters of the plan, which only a module's read by themselves."""
+    matches = [
+        (region.plan.matcher.match(path, variable.get_raw_value().shape), variable)
+        for path, variable in bare_variables(state)
+        if hasattr(variable.get_raw_value(), "shape")
+    ]
+    return [(match.record.path, variable) for match, variable in matches if match is not None]
 
 
 def _trained(region: Region) -> Callable[..., bool]:

@@ -57,7 +57,7 @@ class Record:
     Attributes:
         path: Where it lives.
         shape: Global shape.
-        dtype: As stored.
+        dtype: As stored: a numpy dtype, or a JAX one for random-number keys.
         slot: `"parameter"`, `"frozen"`, `"optimizer"`, `"model_state"` or `"rng"`.
         storage: Its spec between steps.
         compute: Its spec where the model reads it.
@@ -73,7 +73,7 @@ class Record:
 
     path: str
     shape: tuple[int, ...]
-    dtype: np.dtype
+    dtype: Any
     slot: str = "parameter"
     storage: PartitionSpec = PartitionSpec()
     compute: PartitionSpec = PartitionSpec()
@@ -272,9 +272,12 @@ class Plan:
                 raise ShardingError(
                     f"this plan has format {version}, and this version of jaxpar reads {FORMAT}. Plan again."
                 )
+            if not all(isinstance(size, int) for size in fields["axes"].values()):
+                raise TypeError("axes")
             for name in ("records", "optimizer_records"):
-                if fields[name] is not None:
-                    fields[name] = {record["path"]: _record_from_json(record) for record in fields[name]}
+                if name == "records" or fields[name] is not None:
+                    records = [_record_from_json(record) for record in fields[name]]
+                    fields[name] = {record.path: record for record in records}
             fields["dims"] = {dim: tuple(axes) for dim, axes in fields["dims"].items()}
             for name in ("replicas", "shards", "strategies", "notes"):
                 fields[name] = tuple(fields[name])

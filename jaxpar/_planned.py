@@ -108,13 +108,18 @@ def _read_leaf(path: str, leaf: jax.Array, region: Region) -> jax.Array:
 def planned(variables: Sequence[tuple[str, Any]]) -> Iterator[None]:
     """While this lasts, each nnx `Variable` of `(plan path, variable)` is read through the plan."""
     for path, variable in variables:
-        variable.__class__ = _planned_type(type(variable))
-        variable.set_metadata(PATH, path)
+        plan_read(path, variable)
     try:
         yield
     finally:
         for _, variable in variables:
             unplan(variable)
+
+
+def plan_read(path: str, variable: Any) -> None:
+    """Have `variable`, a parameter that the plan in force has at `path`, read through the plan until `unplan`."""
+    variable.__class__ = _planned_type(type(variable))
+    variable.set_metadata(PATH, path)
 
 
 def unplan(variable: Any) -> None:

@@ -23,28 +23,45 @@ logger = logging.getLogger("jaxpar")
 
 @dataclasses.dataclass
 class _Compiled:
-    """One compilation: the jitted function over arrays, where its arrays go in, and how its result is put together."""
+    """One compilation: the jitted function over arrays, where its arrays go in, and how its result is put together.
+
+    Attributes:
+        function: From arrays to the changed ones of nodes, then those of the result.
+        shardings: Where each array goes in.
+        changed: Which of the nodes' arrays the step changes: no other is given away or comes back.
+        donated: Which arrays are given away.
+        result: How the result is put together.
+        notes: What the plan did.
+    """
 
     function: Any
     shardings: list[Any]
+    changed: tuple[int, ...]
     donated: tuple[int, ...]
     result: Result
     notes: tuple[str, ...]
 
     def __call__(self, call: Call) -> Any:
-        seen: set[int] = set()
-        arrays = []
+        arrays, moved = list(call.arrays), {}
         for index, (array, sharding) in enumerate(zip(call.arrays, self.shardings, strict=True)):
-            if getattr(array, "sharding", None) is not sharding and getattr(array, "sharding", None) != sharding:
-                array = jax.device_put(array, sharding)
-            if index in self.donated:
-                if id(array) in seen:  # two leaves share one buffer, which can be given away only once
-                    array = array.copy()
-                seen.add(id(array))
-            arrays.append(array)
+            if getattr(array, "sharding", None) != sharding:
+                arrays[index] = jax.device_put(array, sharding)
+                if index < call.num_node_arrays:
+                    moved[index] = arrays[index]
+        values, result = self.run(arrays, call.nodes)
+        _calls.update_nodes(call.nodes, {**moved, **values})
+        return result
+
+    def run(self, arrays: list[Any], nodes: tuple[Any, ...]) -> tuple[dict[int, Any], Any]:
+        """The changed arrays of nodes by their place, and the result, from placed arrays."""
+        seen: set[int] = set()
+        for index in self.donated:
+            if id(arrays[index]) in seen:  # two leaves share one buffer, which can be given away only once
+                arrays[index] = arrays[index].copy()
+            seen.add(id(arrays[index]))
         values = self.function(*arrays)
-        _calls.update_nodes(call.nodes, values[: call.num_node_arrays])
-        return self.result.assemble(values[call.num_node_arrays :], call.nodes)
+        num = len(self.changed)
+        return dict(zip(self.changed, values[:num], strict=True)), self.result.assemble(values[num:], nodes)
 
 
 class StepFunction:
@@ -80,7 +97,8 @@ class StepFunction:
         self._must_read = reads
         self._matches: dict[tuple[Place, tuple[int, ...]], Match | None] = {}
         self._compiled: dict[Any, _Compiled] = {}
-        self._last: tuple[Any, Call] | None = None
+        self._last: tuple[Any, list[Place]] | None = None
+        self._glance: tuple[_calls.Glance, _Compiled] | None = None
         self.__name__ = getattr(function, "__name__", "step")
         self.__doc__ = function.__doc__
 
@@ -101,32 +119,43 @@ class StepFunction:
                 f"it can "
                 "be looked at but not run. Make the mesh from attached devices, or from jp.simulate(n)."
             )
+        if self._glance is not None:
+            glance, compiled = self._glance
+            alike = glance.look(args, kwargs)
+            if alike is not None:
+                values, result = compiled.run(*alike)
+                glance.update(values)
+                return result
         call = _calls.take_apart(self._names, args, kwargs)
-        return self._get(call)(call)
+        compiled = self._get(call)
+        result = compiled(call)
+        glance = _calls.Glance.of(call, compiled.shardings, args, kwargs)
+        self._glance = None if glance is None else (glance, compiled)
+        return result
 
     def lower(self, *args: Any, **kwargs: Any) -> jax.stages.Lowered:
         """Lower the step for these arguments, arrays or `jax.ShapeDtypeStruct`s, without running it."""
         call = _calls.take_apart(self._names, args, kwargs)
         compiled = self._get(call)
-        types = map(_type_of, call.arrays)
+        types = map(_calls.type_of, call.arrays)
         shapes = [jax.ShapeDtypeStruct(shape, dtype, weak_type=weak) for shape, dtype, weak in types]
         return compiled.function.lower(*shapes)
 
     def _get(self, call: Call) -> _Compiled:
         shardings = [self._input_sharding(array, place) for array, place in zip(call.arrays, call.places, strict=True)]
-        key = (call.static, tuple(map(_type_of, call.arrays)), tuple(shardings[call.num_node_arrays :]))
+        key = (call.static, tuple(map(_calls.type_of, call.arrays)), tuple(shardings[call.num_node_arrays :]))
         compiled = self._compiled.get(key)
         if compiled is None:
-            self._guard(key, call)
+            self._guard(key, call.places)
             compiled = self._compiled[key] = self._build(call, shardings)
-        self._last = (key, call)
+        self._last = (key, call.places)
         return compiled
 
-    def _guard(self, key: Any, call: Call) -> None:
+    def _guard(self, key: Any, places: list[Place]) -> None:
         """Say what makes this call need another compilation than the last."""
         if self._last is None or self._on_recompile == "allow":
             return
-        changes = _differences(self._last, (key, call))
+        changes = _differences(self._last, (key, places))
         message = (
             f"{self.__name__} is compiled again, for the {len(self._compiled) + 1}. time, because\n{listed(changes)}"
         )
@@ -150,10 +179,14 @@ class StepFunction:
             args, kwargs, nodes = call.rebuild(arrays)
             before = _calls.graphdef_of(nodes)
             variables = _parameters_of(nodes, call, found)
+            bare = [
+                (path, variable, variable.get_raw_value()) for path, variable in _calls.bare_variables((args, kwargs))
+            ]
             with no_eager_sharding(), _planned.planned(variables), _context.entered(Region(plan=plan)):
                 out = self.function(*args, **kwargs)
                 out_arrays, traced["result"] = _calls.take_result_apart(out, nodes)
             _check_structure(self.__name__, before, _calls.graphdef_of(nodes))
+            _check_bare(self.__name__, bare)
             return [*_calls.node_arrays(nodes), *out_arrays]
 
         jaxpr = jax.make_jaxpr(pure)(*call.arrays)
@@ -161,19 +194,22 @@ class StepFunction:
         if self._must_read:
             self._check_reads(call, found)
         result: Result = traced["result"]
-        out_shardings = shardings[: call.num_node_arrays] + [
+        num = call.num_node_arrays
+        before, after = jaxpr.jaxpr.invars[:num], jaxpr.jaxpr.outvars[:num]
+        changed = tuple(index for index in range(num) if before[index] is not after[index])
+        out_shardings = [shardings[index] for index in changed] + [
             self._output_sharding(place, aval, call)
-            for place, aval in zip(result.places, jaxpr.out_avals[call.num_node_arrays :], strict=True)
+            for place, aval in zip(result.places, jaxpr.out_avals[num:], strict=True)
         ]
-        donated = self._donated(call)
+        donated = self._donated(call, changed)
         function = jax.jit(
-            _named(jax_core.jaxpr_as_fun(jaxpr), self.__name__),
+            _named(jax_core.jaxpr_as_fun(jaxpr), self.__name__, [*changed, *range(num, len(jaxpr.out_avals))]),
             in_shardings=shardings,
             out_shardings=out_shardings,
             donate_argnums=donated,
             compiler_options=self._options,
         )
-        return _Compiled(function, shardings, donated, result, tuple(plan.trace_notes))
+        return _Compiled(function, shardings, changed, donated, result, tuple(plan.trace_notes))
 
     def _match(self, place: Place, shape: tuple[int, ...]) -> Match | None:
         key = (place, shape)
@@ -213,8 +249,8 @@ class StepFunction:
             return plan.batch_sharding
         return plan.sharding(PartitionSpec())
 
-    def _donated(self, call: Call) -> tuple[int, ...]:
-        donated = list(range(call.num_node_arrays)) if self._donate else []
+    def _donated(self, call: Call, changed: tuple[int, ...]) -> tuple[int, ...]:
+        donated = list(changed) if self._donate else []
         names = {self._names[index] if index < len(self._names) else f"arg{index}" for index in self._donate_argnums}
         for index, place in enumerate(call.places[call.num_node_arrays :], call.num_node_arrays):
             if place.path.partition(".")[0] in names:
@@ -249,11 +285,12 @@ class StepFunction:
             )
 
 
-def _named(function: Callable[..., Any], name: str) -> Callable[..., Any]:
-    """`function` under the user's own name, which profiles and compiler dumps then show."""
+def _named(function: Callable[..., Any], name: str, kept: list[int]) -> Callable[..., Any]:
+    """The outputs `kept` of `function`, under the user's own name, which profiles and compiler dumps then show."""
 
     def step(*arrays: Any) -> Any:
-        return function(*arrays)
+        out = function(*arrays)
+        return [out[index] for index in kept]
 
     step.__name__ = step.__qualname__ = name
     return step
@@ -289,18 +326,9 @@ def _parameters_of(nodes: tuple[Any, ...], call: Call, found: list[Match | None]
     }
     return [
         (by_path[place.path], variable)
-        for variable, place in zip(_variables_in_order(nodes), call.places[: call.num_node_arrays], strict=True)
+        for variable, place in zip(_calls.variables_of(nodes), call.places[: call.num_node_arrays], strict=True)
         if place.path in by_path and variable is not None
     ]
-
-
-def _variables_in_order(nodes: tuple[Any, ...]) -> list[Any]:
-    """The variables of `nodes` themselves, in the order in which a split lists them."""
-    from flax import nnx
-
-    order = [keys for keys, _ in nnx.to_flat_state(nnx.state(nodes))]
-    at = {keys: node for keys, node in nnx.iter_graph(nodes) if isinstance(node, nnx.Variable)}
-    return [at.get(keys) for keys in order]
 
 
 def _check_parameters(call: Call, found: list[Match | None]) -> None:
@@ -325,6 +353,15 @@ def _check_structure(name: str, before: Any, after: Any) -> None:
         )
 
 
+def _check_bare(name: str, bare: list[tuple[str, Any, Any]]) -> None:
+    changed = [path for path, variable, value in bare if variable.get_raw_value() is not value]
+    if changed:
+        raise StepError(
+            f"{name}: the step changes variables in place that are in no module: {', '.join(changed[:3])}. Only modules "
+            "are updated in place: return the new state, or give the module itself."
+        )
+
+
 def _looks_like_batch(array: Any, size: int) -> bool:
     dtype = getattr(array, "dtype", None)
     is_key = dtype is not None and jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key)
@@ -332,28 +369,27 @@ def _looks_like_batch(array: Any, size: int) -> bool:
     return not is_key and not raw_key and np.shape(array)[0] % size == 0 and np.shape(array)[0] > 0
 
 
-def _type_of(array: Any) -> tuple[tuple[int, ...], Any, bool]:
-    """Shape, dtype, and whether the dtype is weak, as JAX sees them: a Python `0` is what `0 + 1` comes back as."""
-    aval = array if isinstance(array, jax.Array | jax.ShapeDtypeStruct) else jax.typeof(array)
-    return (aval.shape, aval.dtype, bool(aval.weak_type))
-
-
-def _differences(last: tuple[Any, Call], now: tuple[Any, Call]) -> list[str]:
+def _differences(last: tuple[Any, list[Place]], now: tuple[Any, list[Place]]) -> list[str]:
     """What differs between two calls, a line each."""
-    (last_key, last_call), (key, call) = last, now
-    before = {
-        place.path: (kind, getattr(array, "sharding", None))
-        for place, kind, array in zip(last_call.places, last_key[1], last_call.arrays, strict=True)
-    }
-    lines = []
-    for place, kind, array in zip(call.places, key[1], call.arrays, strict=True):
-        old = before.pop(place.path, None)
-        if old is None:
-            lines.append(f"{place.path}: new, {kind[1]}{list(kind[0])}")
-        elif old[0] != kind:
-            lines.append(f"{place.path}: {old[0][1]}{list(old[0][0])} before, {kind[1]}{list(kind[0])} now")
-        elif place.kind is None and old[1] != getattr(array, "sharding", None):
-            lines.append(f"{place.path}: placed as {old[1]} before, as {getattr(array, 'sharding', None)} now")
+    (last_key, last_places), (key, places) = last, now
+
+    def said(key: Any, places: list[Place]) -> dict[str, tuple[str, Any]]:
+        nodes = len(places) - len(key[2])
+        lies = [None] * nodes + [sharding.spec for sharding in key[2]]
+        return {
+            place.path: (f"{dtype}{list(shape)}{' (weakly typed)' if weak else ''}", spec)
+            for place, (shape, dtype, weak), spec in zip(places, key[1], lies, strict=True)
+        }
+
+    before, lines = said(last_key, last_places), []
+    for path, (kind, spec) in said(key, places).items():
+        old_kind, old_spec = before.pop(path, (None, None))
+        if old_kind is None:
+            lines.append(f"{path}: new, {kind}")
+        elif old_kind != kind:
+            lines.append(f"{path}: {old_kind} before, {kind} now")
+        elif old_spec != spec:
+            lines.append(f"{path}: placed as {old_spec} before, as {spec} now")
     lines += [f"{path}: no longer there" for path in before]
     if last_key[0][-1] != key[0][-1]:
         lines.append(f"static arguments: {last_key[0][-1]} before, {key[0][-1]} now")

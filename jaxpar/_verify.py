@@ -365,7 +365,7 @@ def _with_arrays(arg: PyTree) -> PyTree:
 
 
 def _filled(batch: PyTree, plan: BoundPlan) -> PyTree:
-    """Reproducible values for a batch of shapes: normal numbers, tokens of all the vocabulary, other integers 0 and 1."""
+    """Reproducible values for a batch of shapes: normal numbers, tokens of the whole vocabulary, else 0 and 1."""
     draw = np.random.default_rng(0)
     tables = [
         record.shape[-2] for path, record in plan.records.items() if "embed" in path.lower() and len(record.shape) > 1
@@ -394,8 +394,8 @@ def _check_fits(plan: BoundPlan, args: PyTree) -> None:
     memory = _mesh.hardware_of(plan.mesh).memory
     if memory and COPIES * held > memory:
         raise ShardingError(
-            f"verifying needs about {bytes_text(COPIES * held)} on one device ({bytes_text(held)} of state and batch, in "
-            f"float32 and float64, and the results), which has {bytes_text(memory)}. Verify a reduced recipe, with fewer "
-            "layers, narrower ones and a smaller batch, on the same mesh and strategies: what is wrong there is wrong "
-            "here."
+            f"verifying needs about {bytes_text(COPIES * held)} on one device ({bytes_text(held)} of state and batch, "
+            f"in float32 and float64, and the results), which has {bytes_text(memory)}. Verify a reduced recipe, with "
+            "fewer layers, narrower ones and a smaller batch, on the same mesh and strategies: what is wrong there is "
+            "wrong here."
         )

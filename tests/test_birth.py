@@ -141,7 +141,7 @@ def test_a_partial_or_a_class_is_a_factory():
 
 
 def test_a_factory_that_makes_nothing_is_an_error():
-    with pytest.raises(ShardingError, match="the factory makes no array. Give a function that returns the model"):
+    with pytest.raises(ShardingError, match=r"the factory makes no array\. Give a function that returns the model"):
         born(lambda: {"f": print})
 
 
@@ -314,7 +314,7 @@ def test_modules_in_a_container_are_stacked():
 def test_a_models_own_stack_is_taken_as_it_is():
     class Own(nnx.Module):
         def __init__(self, rngs):
-            self.stack = jp.Stack(lambda rngs: Block(rngs), 3, rngs=rngs, remat="dots")
+            self.stack = jp.Stack(Block, 3, rngs=rngs, remat="dots")
 
     for birth in (born(lambda: Own(nnx.Rngs(0))), stacked(lambda: Own(nnx.Rngs(0)), "stack.*")):
         assert birth.shapes["stack.each.up.kernel"].shape == (3, 8, 16)
@@ -420,6 +420,6 @@ def test_a_list_that_holds_no_modules_is_an_error():
 
 def test_blocks_of_a_plain_pytree_are_an_error():
     assert refused(lambda: {"blocks": [{"w": jnp.ones((4, 4))}] * 2}) == (
-        "blocks='blocks.*': only nnx modules can be stacked, and the factory makes a dict. Stack equal blocks yourself, "
-        "scan over their first dim, and name it: dims=[('blocks.*', ('layers', ...))]."
+        "blocks='blocks.*': only nnx modules can be stacked, and the factory makes a dict. Stack equal blocks "
+        "yourself, scan over their first dim, and name it: dims=[('blocks.*', ('layers', ...))]."
     )

@@ -66,9 +66,10 @@ def test_regions_are_equal_by_identity_of_the_plan():
 
 def test_the_region_is_left_also_by_an_error():
     assert _context.current() is None
-    with pytest.raises(KeyError), _context.entered(region()):
+    with _context.entered(region()):
         assert _context.current() is not None
-        raise KeyError
+    with pytest.raises(ZeroDivisionError), _context.entered(region()):
+        _ = 1 / 0
     assert _context.current() is None
 
 

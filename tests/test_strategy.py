@@ -199,8 +199,7 @@ def test_trainable_chooses_what_has_gradients_and_optimiser_state(chosen, traine
 def test_trainable_that_chooses_nothing_is_an_error():
     fsdp = {"strategies": [jp.FSDP()], "mesh": jp.mesh(fsdp=8)}
     assert refused(**fsdp, trainable=["*.o", "*.lora"]) == (
-        "trainable: the pattern '*.lora' matches none of 13 leaves. "
-        "Modules here are blocks.*.o, blocks.*.q, emb."
+        "trainable: the pattern '*.lora' matches none of 13 leaves. Modules here are blocks.*.o, blocks.*.q, emb."
     )
     assert refused(**fsdp, trainable=lambda path: False) == (
         "trainable chooses none of 13 parameters. Leave it out to train all."

@@ -20,7 +20,8 @@ from .._types import AnyMesh
 
 def program(name: str, said: str | None) -> Program:
     """The recipe that `name` names, on the mesh that `said` says."""
-    return recipe(name).on(mesh(said))
+    found = mesh(said)  # first: a module that makes an array when it is imported starts JAX on what devices there are
+    return recipe(name).on(found)
 
 
 def recipe(name: str) -> Recipe:

@@ -182,6 +182,8 @@ def _row(group: str, path: str, ours: Any, one: Any, true: Any, *, scale: float,
     if not _is_inexact(one):
         return row(float(np.max(ours != one, initial=False)), 0.0)
     finite = np.isfinite(_wide(one))
+    if one.size and np.isnan(one).all():
+        return row(math.inf, 0.0, "NaN everywhere on one device, so nothing is compared")
     if (
         not np.array_equal(_wide(ours)[~finite], _wide(one)[~finite], equal_nan=True)
         or not np.isfinite(_wide(ours)[finite]).all()

@@ -270,9 +270,10 @@ def _widen_modules(args: PyTree) -> None:
         return
     from flax import nnx
 
-    for _, module in nnx.iter_graph(args):
-        if isinstance(module, nnx.Module) and getattr(module, "dtype", None) in (jnp.float32, np.dtype(np.float32)):
-            module.dtype = jnp.float64
+    for _, node in nnx.iter_graph(args):
+        told: Any = node
+        if isinstance(node, nnx.Module) and getattr(node, "dtype", None) in (jnp.float32, np.dtype(np.float32)):
+            told.dtype = jnp.float64
 
 
 def _widened(leaf: Any) -> Any:

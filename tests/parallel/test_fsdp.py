@@ -104,7 +104,7 @@ def test_with_tp_the_two_take_different_dims_if_they_can():
 
 
 def test_totals_divide():
-    """emb 32,768 bytes and 4 x up 32,768 divide by 8; of each block, bias 512 and two norms of 256 stay whole."""
+    """Emb 32,768 bytes and 4 x up 32,768 divide by 8; of each block, bias 512 and two norms of 256 stay whole."""
     totals = planned(make).totals()
     assert totals.parameters == totals.gradients == 5 * 32768 // 8 + 4 * (512 + 2 * 256)
 
@@ -164,7 +164,7 @@ def test_a_setting_without_effect_is_an_error(settings, message):
 
 
 def test_an_unknown_remat_policy_is_an_error():
-    with pytest.raises(StepError, match="is not a remat policy. Did you mean 'full'\\? Use one of none, full, dots."):
+    with pytest.raises(StepError, match=r"is not a remat policy\. Did you mean 'full'\? Use one of none, full, dots\."):
         jp.remat(make, "ful")
 
 

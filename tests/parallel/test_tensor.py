@@ -104,7 +104,7 @@ def test_linen_modules_are_split_alike():
 
 
 def test_equinox_weights_have_the_other_order():
-    """weight (F, D), and (F, D, k, k) of a convolution; a dict's own `weight` is in JAX's order."""
+    """Weight (F, D), and (F, D, k, k) of a convolution; a dict's own `weight` is in JAX's order."""
     key = jax.random.key(0)
 
     def make():
@@ -222,8 +222,8 @@ def test_two_lists_that_match_one_leaf_are_an_error():
 
 def test_an_indivisible_dim_is_an_error_with_both_numbers():
     assert refused(lambda: {"w": jnp.ones((4, 7))}, column="w") == (
-        "w: dim 1 has size 7, but axis 'tensor' has size 2, and 2 does not divide 7. Use a multiple of 2 (6 or 8 here), "
-        "or another size of axis 'tensor', or leave this leaf out of TP's patterns."
+        "w: dim 1 has size 7, but axis 'tensor' has size 2, and 2 does not divide 7. Use a multiple of 2 (6 or 8 "
+        "here), or another size of axis 'tensor', or leave this leaf out of TP's patterns."
     )
 
 
