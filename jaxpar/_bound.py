@@ -17,7 +17,7 @@ from ._context import as_spec, axes_at
 from ._errors import ShardingError, listed
 from ._plan import Plan, Record, as_dtype, axis_sizes
 from ._precision import Precision
-from ._slots import Matcher
+from ._slots import Matcher, slot_record, unmatched_note
 from ._step import StepFunction
 from ._strategy import Strategy, check_types, resolve
 from ._types import AnyMesh, Axes, Factory, PyTree
@@ -81,7 +81,9 @@ def plan(
         draft.problems.append(f"trainable chooses none of {len(leaves)} parameters. Leave it out to train all.")
     resolve(strategies, draft)
     records = {path: _record(path, birth, draft, precision) for path in birth.shapes}
-    records |= _optimizer_records(birth, records)
+    matcher = Matcher(records)
+    own_slots = (path for path, slot in birth.slots.items() if slot == "optimizer")
+    records |= {path: slot_record(path, birth.shapes[path], matcher) for path in own_slots}
     bound = BoundPlan(
         axes=sizes,
         records=records,
@@ -98,7 +100,7 @@ def plan(
         precision=precision,
     )
     slots = None if optimizer is None else bound.records_of(optimizer)
-    notes = (*bound.notes, *_unmatched(slots or {}))
+    notes = (*bound.notes, *unmatched_note(slots or {}))
     return dataclasses.replace(bound, optimizer_records=slots, notes=notes)
 
 
@@ -330,7 +332,7 @@ class BoundPlan(Plan):
             params = model["params"] if isinstance(model, dict) and is_state else getattr(model, "params", model)
             params = self.trained(params, prefix="params." if is_state else "")
         shapes = _tree.leaves(jax.eval_shape(optimizer.init, params))
-        return {path: _slot_record(path, shape, self.matcher) for path, shape in shapes.items()}
+        return {path: slot_record(path, shape, self.matcher) for path, shape in shapes.items()}
 
     def trained(self, params: PyTree, *, prefix: str = "") -> PyTree:
         """The trained parameters of a plain pytree: itself if all are, else a dict by path."""
@@ -445,40 +447,6 @@ def _record(path: str, birth: Birth, draft: _rules.Draft, precision: Precision) 
         layers=leaf.layers,
         remat=path in birth.remat,
         reasons=tuple(leaf.reasons),
-    )
-
-
-def _optimizer_records(birth: Birth, records: dict[str, Record]) -> dict[str, Record]:
-    """Records of the optimiser's state that the factory itself makes, as in a `TrainState`."""
-    matcher = Matcher(records)
-    found = {}
-    for path, slot in birth.slots.items():
-        if slot == "optimizer":
-            found[path] = _slot_record(path, birth.shapes[path], matcher)
-    return found
-
-
-def _unmatched(slots: dict[str, Record]) -> list[str]:
-    """A note of optimiser state that belongs to no parameter and is more than a number."""
-    whole = [record for record in slots.values() if record.reasons == NO_PARAMETER and record.num_elements > 1]
-    paths = list(dict.fromkeys(_rules.fold_layers(record.path for record in whole)))
-    total = sum(record.num_bytes for record in whole)
-    shown = ", ".join(paths[:3]) + (", ..." if len(paths) > 3 else "")
-    return [f"optimiser state that belongs to no parameter is whole: {total:,} bytes ({shown})"] if whole else []
-
-
-NO_PARAMETER = (("optimizer", "belongs to no parameter: whole"),)
-
-
-def _slot_record(path: str, shape: Any, matcher: Matcher) -> Record:
-    match = matcher.match(path, shape.shape)
-    return Record(
-        path=path,
-        shape=shape.shape,
-        dtype=as_dtype(shape.dtype),
-        slot="optimizer",
-        storage=match.slots if match else PartitionSpec(),
-        reasons=(("optimizer", match.why),) if match else NO_PARAMETER,
     )
 
 

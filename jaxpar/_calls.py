@@ -61,14 +61,19 @@ def argument_names(function: Callable[..., Any]) -> tuple[str, ...]:
     return tuple(parameter.name for parameter in parameters if parameter.kind in positional)
 
 
+def by_name(names: Sequence[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a call by name, in order: positional ones, then keywords."""
+    positional = {names[index] if index < len(names) else f"arg{index}": value for index, value in enumerate(args)}
+    return positional | dict(sorted(kwargs.items()))
+
+
 def take_apart(names: Sequence[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
     """Take a call of a function with positional parameters `names` apart.
 
     Raises:
         StepError: A static argument is not hashable.
     """
-    named = [(names[index] if index < len(names) else f"arg{index}", value) for index, value in enumerate(args)]
-    named += sorted(kwargs.items())
+    named = list(by_name(names, args, kwargs).items())
     flat: list[tuple[str, Any]] = []
     treedefs = []
     slots: set[str] = set()
@@ -283,7 +288,7 @@ class Glance:
 
 def type_of(array: Any) -> tuple[tuple[int, ...], Any, bool]:
     """Shape, dtype, and whether the dtype is weak, as JAX sees them: a Python `0` is what `0 + 1` comes back as."""
-    aval = array if isinstance(array, jax.Array | jax.ShapeDtypeStruct) else jax.typeof(array)
+    aval = array if isinstance(array, jax.ShapeDtypeStruct) else jax.typeof(array)
     return (aval.shape, aval.dtype, bool(aval.weak_type))
 
 

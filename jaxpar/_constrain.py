@@ -14,6 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from . import _context
 from ._errors import ShardingError, nearest
+from ._planned import Traced
 from ._types import Axes
 
 DIMS = ("batch", "seq", "embed", "mlp", "heads", "kv", "vocab")
@@ -65,6 +66,8 @@ def layout(region: _context.Region, caller: str, dims: Sequence[str | None], sha
         shape: Sizes as the model sees them, here.
     """
     _check_names(region, caller, dims)
+    if isinstance(region, Traced):
+        region.dims.update(dim for dim in dims if dim is not None)
     features = {axis for dim in dims if dim not in (None, "seq") for axis in region.axes_of(str(dim))}
     axes = tuple(
         () if dim is None else tuple(a for a in region.axes_of(dim) if dim != "seq" or a not in features)

@@ -27,7 +27,7 @@ from . import _context, _traits, _tree
 from ._calls import bare_variables
 from ._context import Region, as_spec, axes_at, drop_axes
 from ._errors import StepError
-from ._planned import gather, plan_read, unplan
+from ._planned import Traced, gather, plan_read, unplan
 from ._reduce import reduce_once
 from ._types import Axes, PyTree
 from .parallel import DP
@@ -115,6 +115,7 @@ def differentiate(
     separable: bool,
 ) -> Differentiated:
     """`value_and_grad` with the total weight of the batch; state that the loss changes is put back into `model`."""
+    batch = jax.tree.map(lambda leaf: jnp.asarray(leaf) if isinstance(leaf, np.ndarray) else leaf, batch)
     subject = _subject(model)
     job = _Job(loss, subject, accumulate, has_aux, weight, rest)
     value, total_weight, aux, gradients, state = _differentiate(job, batch, separable)
@@ -312,8 +313,8 @@ def _differentiate(job: _Job, batch: PyTree, separable: bool) -> tuple[Any, Any,
     region = _context.current()
     _check_rows(batch, job.accumulate)
     form = _form(job, batch, region, separable)
-    if region is not None and form.name != "direct":
-        region.plan.trace_notes.append(f"accumulation over {job.accumulate} microbatches: {form.name}, {form.why}")
+    if isinstance(region, Traced) and form.name != "direct":
+        region.notes.append(f"accumulation over {job.accumulate} microbatches: {form.name}, {form.why}")
     if form.name == "direct":
         return job.gradients_of_mean(job.subject.params, job.subject.state, batch)
     if region is None or form.name == "whole":
@@ -428,7 +429,7 @@ def _replicated(job: _Job, batch: PyTree, replicas: Axes, region: Region) -> Any
     count = math.prod(plan.axes[axis] for axis in replicas)
     batches = _interleaved(batch, job, replicas, region)
     params = job.subject.params
-    inside = Region(plan=plan, replicas=replicas)
+    inside = dataclasses.replace(region, replicas=replicas)
     targets = {path: _gradient_spec(plan, path, leaf) for path, leaf in params.items()}
     inner = {path: as_spec([replicas, *map(axes_at, drop_axes(spec, replicas))]) for path, spec in targets.items()}
 

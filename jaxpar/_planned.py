@@ -26,6 +26,30 @@ from ._plan import Record
 from ._types import PyTree
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Traced(Region):
+    """The region of one tracing of a step, and what is met there.
+
+    Equal to no region of another tracing: a helper that the user jitted is traced anew for each step, so that nothing
+    it does goes unseen.
+
+    Attributes:
+        dims: Logical dims of activations that were named.
+        notes: What a reader of the step should know.
+        values: What each parameter was read as, in each trace inside.
+    """
+
+    dims: set[str] = dataclasses.field(default_factory=set)
+    notes: list[str] = dataclasses.field(default_factory=list)
+    values: dict[Any, Any] = dataclasses.field(default_factory=dict)
+
+    def __hash__(self) -> int:
+        return hash((id(self.values), self.replicas))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Traced) and self.values is other.values and self.replicas == other.replicas
+
+
 @dataclasses.dataclass(frozen=True)
 class _Move:
     """Where a parameter goes when read, and its cotangent when differentiated; hashable, so part of the trace."""
@@ -100,7 +124,6 @@ def _read_leaf(path: str, leaf: jax.Array, region: Region) -> jax.Array:
     match = region.plan.matcher.match(path, leaf.shape)
     if match is None or match.record.slot not in ("parameter", "frozen"):
         return leaf
-    region.plan.reads.add(match.record.path)
     return read(leaf, match.record, region)
 
 
@@ -160,12 +183,11 @@ def _read_variable(variable: Any, value: Any) -> Any:
         return value
     path = variable.get_metadata(PATH)
     record = region.plan.records[path]
-    region.plan.reads.add(path)
     raw = variable.get_raw_value()
     # A matrix that is used twice (tied embeddings) is gathered once and its gradients are summed before they are
     # reduced, as long as both uses are in one trace: a value of a scan's body does not exist outside of it.
     trace = jax_core.get_opaque_trace_state(convention="nnx")
-    kept = region.plan.read_values.setdefault((path, id(raw), region), [])
+    kept = region.values.setdefault((path, id(raw), region.replicas), []) if isinstance(region, Traced) else []
     for before, _, result in kept:
         if before == trace:
             return result

@@ -9,11 +9,13 @@ belongs to nothing, such as a step count, is whole on every device.
 import dataclasses
 from collections.abc import Mapping
 
+import jax
 from jax.sharding import PartitionSpec
 
 from ._context import as_spec, axes_at
 from ._errors import ShardingError
-from ._plan import Record
+from ._plan import Record, as_dtype
+from ._rules import fold_layers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +76,31 @@ class Matcher:
                     f"{other.storage}). Pass both models to the step in one container, under the names the plan has."
                 )
         return Match(first, first.storage, first.slots, whole_path, f"as {first.path}")
+
+
+NO_PARAMETER = (("optimizer", "belongs to no parameter: whole"),)
+
+
+def slot_record(path: str, shape: jax.ShapeDtypeStruct, matcher: Matcher) -> Record:
+    """The record of a leaf of an optimiser's state."""
+    match = matcher.match(path, shape.shape)
+    return Record(
+        path=path,
+        shape=shape.shape,
+        dtype=as_dtype(shape.dtype),
+        slot="optimizer",
+        storage=match.slots if match else PartitionSpec(),
+        reasons=(("optimizer", match.why),) if match else NO_PARAMETER,
+    )
+
+
+def unmatched_note(records: Mapping[str, Record]) -> list[str]:
+    """A note of optimiser state that belongs to no parameter and is more than a number."""
+    whole = [record for record in records.values() if record.reasons == NO_PARAMETER and record.num_elements > 1]
+    paths = list(dict.fromkeys(fold_layers(record.path for record in whole)))
+    total = sum(record.num_bytes for record in whole)
+    shown = ", ".join(paths[:3]) + (", ..." if len(paths) > 3 else "")
+    return [f"optimiser state that belongs to no parameter is whole: {total:,} bytes ({shown})"] if whole else []
 
 
 def _without(spec: PartitionSpec, dim: int, ndim: int) -> PartitionSpec:

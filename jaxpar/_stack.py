@@ -21,6 +21,7 @@ from flax import nnx
 
 from . import _context
 from ._errors import ShardingError, StepError, listed, nearest
+from ._planned import Traced
 from ._types import PyTree
 
 REMAT = {
@@ -350,6 +351,8 @@ def _constrained(x: PyTree) -> PyTree:
     def one(leaf: jax.Array) -> jax.Array:
         if leaf.ndim < 2:
             return leaf
+        if leaf.ndim >= 3 and isinstance(region, Traced):
+            region.dims.add("seq")
         free = jax.sharding.PartitionSpec.UNCONSTRAINED
         axes = [region.batch_axes, region.axes_of("seq") if leaf.ndim >= 3 else ()]
         sizes = [_product(region.mesh.shape[axis] for axis in each) for each in axes]

@@ -11,12 +11,13 @@ import numpy as np
 from jax.extend import core as jax_core
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from . import _calls, _context, _planned
+from . import _calls, _context, _planned, _traits
 from ._birth import no_eager_sharding
 from ._calls import Call, Place, Result
-from ._context import Region
 from ._errors import ShardingError, StepError, listed
+from ._planned import Traced
 from ._slots import Match
+from .parallel import TP
 
 logger = logging.getLogger("jaxpar")
 
@@ -156,9 +157,7 @@ class StepFunction:
         if self._last is None or self._on_recompile == "allow":
             return
         changes = _differences(self._last, (key, places))
-        message = (
-            f"{self.__name__} is compiled again, for the {len(self._compiled) + 1}. time, because\n{listed(changes)}"
-        )
+        message = f"{self.__name__} is compiled again, now {len(self._compiled) + 1} times, because\n{listed(changes)}"
         if self._on_recompile == "error":
             raise StepError(
                 f"{message}\nKeep shapes, dtypes and settings the same from call to call (jp.data.pad_batch for a last "
@@ -171,18 +170,15 @@ class StepFunction:
         found = [self._match(place, np.shape(array)) for place, array in zip(call.places, call.arrays, strict=True)]
         _check_parameters(call, found)
         traced: dict[str, Any] = {}
-        plan.reads.clear()
-        plan.read_values.clear()
-        plan.trace_notes.clear()
+        region = Traced(plan=plan)
 
         def pure(*arrays: Any) -> list[Any]:
             args, kwargs, nodes = call.rebuild(arrays)
             before = _calls.graphdef_of(nodes)
             variables = _parameters_of(nodes, call, found)
-            bare = [
-                (path, variable, variable.get_raw_value()) for path, variable in _calls.bare_variables((args, kwargs))
-            ]
-            with no_eager_sharding(), _planned.planned(variables), _context.entered(Region(plan=plan)):
+            given = _calls.by_name(self._names, args, kwargs)
+            bare = [(*pair, pair[1].get_raw_value()) for pair in _calls.bare_variables(given)]
+            with no_eager_sharding(), _planned.planned(variables), _context.entered(region):
                 out = self.function(*args, **kwargs)
                 out_arrays, traced["result"] = _calls.take_result_apart(out, nodes)
             _check_structure(self.__name__, before, _calls.graphdef_of(nodes))
@@ -190,15 +186,18 @@ class StepFunction:
             return [*_calls.node_arrays(nodes), *out_arrays]
 
         jaxpr = jax.make_jaxpr(pure)(*call.arrays)
-        plan.read_values.clear()
+        region.values.clear()
         if self._must_read:
-            self._check_reads(call, found)
+            self._check_reads(found, call, _traits.contracted(jaxpr.jaxpr))
+            self._check_sequence(region, jaxpr.jaxpr)
         result: Result = traced["result"]
         num = call.num_node_arrays
         before, after = jaxpr.jaxpr.invars[:num], jaxpr.jaxpr.outvars[:num]
         changed = tuple(index for index in range(num) if before[index] is not after[index])
+        given = zip(call.arrays, shardings, strict=True)
+        rows = {np.shape(array)[0] for array, sharding in given if sharding == plan.batch_sharding and np.ndim(array)}
         out_shardings = [shardings[index] for index in changed] + [
-            self._output_sharding(place, aval, call)
+            self._output_sharding(place, aval, rows)
             for place, aval in zip(result.places, jaxpr.out_avals[num:], strict=True)
         ]
         donated = self._donated(call, changed)
@@ -209,7 +208,7 @@ class StepFunction:
             donate_argnums=donated,
             compiler_options=self._options,
         )
-        return _Compiled(function, shardings, changed, donated, result, tuple(plan.trace_notes))
+        return _Compiled(function, shardings, changed, donated, result, tuple(region.notes))
 
     def _match(self, place: Place, shape: tuple[int, ...]) -> Match | None:
         key = (place, shape)
@@ -235,7 +234,7 @@ class StepFunction:
             )
         return plan.sharding(PartitionSpec())
 
-    def _output_sharding(self, place: Place, aval: Any, call: Call) -> NamedSharding | None:
+    def _output_sharding(self, place: Place, aval: Any, rows: set[int]) -> NamedSharding:
         """Where something that a step returns lies: with its parameter, with the batch, or whole if it is a scalar."""
         plan = self.plan
         match = self._match(place, aval.shape)
@@ -244,7 +243,6 @@ class StepFunction:
         if not aval.shape or place.kind is not None or place.is_slot:
             return plan.sharding(PartitionSpec())
         size = math.prod(plan.axes[axis] for axis in plan.batch_axes)
-        rows = {np.shape(array)[0] for array in call.arrays[call.num_node_arrays :] if np.ndim(array)}
         if aval.shape[0] in rows and aval.shape[0] % size == 0:
             return plan.batch_sharding
         return plan.sharding(PartitionSpec())
@@ -257,31 +255,40 @@ class StepFunction:
                 donated.append(index)
         return tuple(donated)
 
-    def _check_reads(self, call: Call, found: list[Match | None]) -> None:
-        """Sharded parameters that the step has but never read through the plan."""
-        plan = self.plan
-        given = {
-            match.record.path
-            for place, match in zip(call.places, found, strict=True)
+    def _check_reads(self, found: list[Match | None], call: Call, contracted: set[int]) -> None:
+        """Sharded parameters that are multiplied as they lie, rather than as the plan has them read."""
+        sharded = {
+            index: match.record.path
+            for index, (place, match) in enumerate(zip(call.places, found, strict=True))
             if match is not None and not place.is_slot and match.record.compute != match.record.storage
         }
-        unread = sorted(given - plan.reads)
-        if given and len(unread) == len(given):
-            kind = "model" if call.nodes else "loss"
+        unread = sorted(path for index, path in sharded.items() if index in contracted)
+        if unread and len(unread) == len(sharded):
             raise StepError(
-                f"{self.__name__}: none of the {len(given)} sharded parameters was read through the plan, so the "
-                f"compiler "
-                f"may gather activations instead of weights. Differentiate the {kind} with jp.value_and_grad(loss) in "
-                "place of jax.value_and_grad(loss), or read parameters by jp.gather(params)."
+                f"{self.__name__}: none of the {len(sharded)} sharded parameters is read through the plan, so the "
+                "compiler may gather activations instead of weights. Differentiate the loss with "
+                "jp.value_and_grad(loss) in place of jax.value_and_grad(loss), or read parameters by jp.gather(params)."
             )
         if unread:
             logger.warning(
-                "%s: %d parameters were not read through the plan: %s. An attribute of a variable, such as `w.T`, "
-                "bypasses "
-                "it: write `w[...].T`.",
+                "%s: %d of %d sharded parameters are used without being read through the plan: %s. Read them by "
+                "jp.gather, or as variables of the model.",
                 self.__name__,
                 len(unread),
+                len(sharded),
                 ", ".join(unread[:5]),
+            )
+
+    def _check_sequence(self, region: Traced, jaxpr: Any) -> None:
+        strategy = self.plan.strategy(TP)
+        if strategy is None or not strategy.sequence or "seq" in region.dims:
+            return
+        if _traits.find(jaxpr, ("dot_general",)):  # it runs a model: not the step of an average, say
+            raise StepError(
+                f"{self.__name__}: {strategy.label} splits the sequence dim of activations (sequence=True), but "
+                "nothing in this step says which dim that is. Say it in the model, "
+                'jp.constrain(x, "batch", "seq", "embed"), or stack its blocks, FSDP(blocks="blocks.*") or jp.Stack; '
+                "or leave sequence out."
             )
 
 
@@ -357,8 +364,8 @@ def _check_bare(name: str, bare: list[tuple[str, Any, Any]]) -> None:
     changed = [path for path, variable, value in bare if variable.get_raw_value() is not value]
     if changed:
         raise StepError(
-            f"{name}: the step changes variables in place that are in no module: {', '.join(changed[:3])}. Only modules "
-            "are updated in place: return the new state, or give the module itself."
+            f"{name}: the step changes variables in place that are in no module: {', '.join(changed[:3])}. Only "
+            "modules are updated in place: return the new state, or give the module itself."
         )
 
 

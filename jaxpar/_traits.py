@@ -1,4 +1,4 @@
-"""What a loss does, read off its jaxpr: which decides how its gradients may be accumulated.
+"""What a loss or a step does, read off its jaxpr: which decides how gradients may be accumulated.
 
 Mapping a loss over replicas (`vmap`) is not right for every loss: a convolution's weight gradient would gather
 activations, `ragged_dot` cannot be mapped, a random mask that does not depend on the sample would repeat on each
@@ -45,12 +45,55 @@ def traits_of(closed: Any, num_before: int, num_batch: int, num_state: int, stat
     after = jaxpr.outvars[len(jaxpr.outvars) - num_state :] if num_state else []
     changes = any(x is not y for x, y in zip(before, after, strict=True))
     depends = [num_before <= index < num_before + num_batch for index in range(len(jaxpr.invars))]
-    found = _find(jaxpr, UNMAPPABLE)
+    found = find(jaxpr, UNMAPPABLE)
     return Traits(
         unmappable=UNMAPPABLE[found] if found else None,
         repeats_random=_draws_alike(jaxpr, depends),
         changes_state=changes,
     )
+
+
+def contracted(jaxpr: Any) -> set[int]:
+    """Which inputs reach a matrix product, a convolution or a lookup as they are, nothing said of where to gather them.
+
+    What optimisers and averages do to a parameter, element by element, is none of these.
+    """
+    return _contracted(jaxpr, [{index} for index in range(len(jaxpr.invars))])[0]
+
+
+_CONTRACTIONS = ("dot_general", "conv_general_dilated", "gather", "ragged_dot", "ragged_dot_general")
+_PIECES = ("slice", "dynamic_slice", "squeeze", "split")
+
+
+def _contracted(jaxpr: Any, inputs: list[set[int]]) -> tuple[set[int], list[set[int]]]:
+    """What is contracted, and what each output still is, given what each input of `jaxpr` is."""
+    is_of = dict(zip(jaxpr.invars, inputs, strict=True))
+    found: set[int] = set()
+
+    def of(var: Any) -> set[int]:
+        return set() if isinstance(var, jax_core.Literal) else is_of.get(var, set())
+
+    for eqn in jaxpr.eqns:
+        given = [of(var) for var in eqn.invars]
+        if not any(given) or eqn.primitive.name == "sharding_constraint":
+            continue
+        for sub in _subs(eqn):
+            inner = given[-len(sub.invars) :] if len(sub.invars) <= len(given) else [set() for _ in sub.invars]
+            more, outputs = _contracted(sub, inner)
+            found |= more
+            if len(outputs) == len(eqn.outvars):
+                is_of |= {var: of(var) | out for var, out in zip(eqn.outvars, outputs, strict=True)}
+        if eqn.primitive.name in _CONTRACTIONS:
+            found |= set().union(*given)
+        elif not _subs(eqn):
+            for out in eqn.outvars:
+                alike = [
+                    origin
+                    for var, origin in zip(eqn.invars, given, strict=True)
+                    if var.aval.size == out.aval.size or eqn.primitive.name in _PIECES
+                ]
+                is_of[out] = set().union(*alike)
+    return found, [of(var) for var in jaxpr.outvars]
 
 
 def _subs(eqn: Any) -> list[Any]:
@@ -65,12 +108,13 @@ def _subs(eqn: Any) -> list[Any]:
     return found
 
 
-def _find(jaxpr: Any, names: Any) -> str | None:
+def find(jaxpr: Any, names: Any) -> str | None:
+    """The first primitive of `jaxpr`, insides too, whose name is among `names`."""
     for eqn in jaxpr.eqns:
         if eqn.primitive.name in names:
             return eqn.primitive.name
         for sub in _subs(eqn):
-            found = _find(sub, names)
+            found = find(sub, names)
             if found:
                 return found
     return None

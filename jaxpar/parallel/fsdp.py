@@ -116,7 +116,8 @@ def _note_whole_blocks(draft: Draft, strategy: FSDP) -> None:
         names = ", ".join(leaf.path for leaf in loose[:3]) + (", ..." if len(loose) > 3 else "")
         repeated = any(part.isdigit() for leaf in loose for part in leaf.path.split("."))
         advice = ' If some are equal blocks, FSDP(blocks="blocks.*") gathers one at a time.' if repeated else ""
+        many, verb = (f"{len(loose)} parameters", "are") if len(loose) > 1 else ("1 parameter", "is")
         draft.notes.append(
-            f"held whole: {len(loose)} parameters of {total:,} bytes ({names}) are gathered outside of any scan; the "
-            f"compiler decides how many at once.{advice}"
+            f"held whole: {many} of {total:,} bytes ({names}) {verb} gathered outside of any "
+            f"scan; the compiler decides how many at once.{advice}"
         )

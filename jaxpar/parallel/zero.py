@@ -12,10 +12,10 @@ from .._strategy import Strategy
 class ZeRO(Strategy):
     """Shard optimiser state, and at stage 2 accumulated gradients, over an axis that replicates the parameters.
 
-    Moves: gradients are reduce-scattered, each device updates its part, and the updated parameters are all-gathered:
-    the same bytes as `DP`. At stage 1 gradients are whole where anything but the update reads them (a clipped norm, an
-    accumulator), which makes the reduce-scatter an all-reduce. Memory: optimiser state (and accumulated gradients)
-    divide by the axis size. Stands beside `DP` on the same axis, or alone for both.
+    Moves: at stage 2 gradients are reduce-scattered, each device updates its part, and the updated parameters are
+    all-gathered: the same bytes as `DP`. At stage 1 gradients are summed whole and each device keeps its part, which
+    compilers may or may not make a reduce-scatter; if not, half as much again. Memory: optimiser state (and
+    accumulated gradients) divide by the axis size. Stands beside `DP` on the same axis, or alone for both.
 
     Args:
         stage: 1 or 2.

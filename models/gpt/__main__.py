@@ -26,7 +26,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=200, help="how many, or how many more with --resume")
     parser.add_argument("--resume", action="store_true", help="go on where the last run stopped")
     parser.add_argument("--data", nargs="+", type=pathlib.Path, help="text files or directories")
-    parser.add_argument("--mesh", default="meshes/cpu_8.toml", help="a TOML file, or what jp.mesh takes")
+    parser.add_argument("--mesh", default="meshes/cpu_8.toml", help="a TOML file")
     parser.add_argument("--directory", type=pathlib.Path, default=pathlib.Path("runs/demo"))
     args = parser.parse_args()
 
@@ -74,4 +74,7 @@ validation, nats per byte
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except (jp.CheckpointError, jp.DataError, jp.MeshError) as error:  # what was typed, or is in the directory
+        sys.exit(f"make demo: {error}")

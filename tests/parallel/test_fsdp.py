@@ -125,12 +125,12 @@ def test_what_is_held_whole_is_noted():
     (note,) = planned(make).notes
     assert note == (
         "held whole: 5 parameters of 163,840 bytes (blocks.0.up.kernel, blocks.1.up.kernel, blocks.2.up.kernel, ...) "
-        "are gathered outside of any scan; the compiler decides how many at once. Equal blocks among them: "
+        "are gathered outside of any scan; the compiler decides how many at once. If some are equal blocks, "
         'FSDP(blocks="blocks.*") gathers one at a time.'
     )
     (note,) = planned(make, jp.FSDP(blocks="blocks.*")).notes
     assert note == (
-        "held whole: 1 parameters of 32,768 bytes (emb.embedding) are gathered outside of any scan; the compiler "
+        "held whole: 1 parameter of 32,768 bytes (emb.embedding) is gathered outside of any scan; the compiler "
         "decides how many at once."
     )
 

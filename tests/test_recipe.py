@@ -1,0 +1,276 @@
+"""`Recipe` and `Program`: the loop's parts, written on the public ones; clipping, precision, evaluation, their errors."""
+
+import dataclasses
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+import jaxpar as jp
+from jaxpar import _tree
+from tests import _programs as programs
+
+D, F, ROWS = 64, 128, 16
+MESHES = [{"data": 8}, {"fsdp": 4, "tensor": 2}, {"data": 2, "fsdp": 2, "tensor": 2}]
+STRATEGIES = [jp.DP(), jp.FSDP(), jp.TP(column=["*up"], row=["*down"])]
+
+
+class Net(nnx.Module):
+    def __init__(self, *, rngs):
+        self.up, self.down = nnx.Linear(D, F, rngs=rngs), nnx.Linear(F, D, rngs=rngs)
+
+    def __call__(self, x):
+        return self.down(jax.nn.tanh(self.up(x)))
+
+
+class NoisyNet(Net):
+    """With dropout, and statistics of what it has seen."""
+
+    def __init__(self, *, rngs):
+        super().__init__(rngs=rngs)
+        self.norm, self.dropout = nnx.BatchNorm(D, rngs=rngs), nnx.Dropout(0.5, rngs=rngs)
+
+    def __call__(self, x):
+        return super().__call__(self.dropout(self.norm(x)))
+
+
+def loss(model, batch):
+    each = jnp.mean((model(batch["x"]) - 1) ** 2, axis=-1)
+    return (each * batch["weight"].astype(each.dtype)).sum(), batch["weight"].sum()
+
+
+def batch(rows=ROWS):
+    random = np.random.default_rng(0)
+    x = random.standard_normal((rows, D)).astype(np.float32)
+    return {"x": x, "weight": random.integers(0, 3, rows).astype(np.float32)}
+
+
+def make(**changes):
+    recipe = jp.Recipe(
+        model=lambda: Net(rngs=nnx.Rngs(0)),
+        loss=loss,
+        optimizer=optax.sgd(0.1, momentum=0.9),
+        strategies=STRATEGIES,
+        batch=batch(),
+    )
+    return dataclasses.replace(recipe, **changes)
+
+
+def run(recipe, axes, steps=2):
+    program = recipe.on(programs.mesh(**axes))
+    state, metrics = program.init(), []
+    for _ in range(steps):
+        state, found = program.step(state, program.plan.batch(recipe.batch))
+        metrics.append({name: float(value) for name, value in found.items()})
+    return program, state, metrics
+
+
+def by_hand(transform, steps=2):
+    """Flax and Optax alone, on one device."""
+    model = nnx.jit(lambda: Net(rngs=nnx.Rngs(0)))()
+    opt = nnx.Optimizer(model, transform, wrt=nnx.Param)
+
+    @nnx.jit
+    def step(model, opt, batch):
+        value, gradients = nnx.value_and_grad(lambda model, batch: programs.mean_of(loss(model, batch)))(model, batch)
+        opt.update(model, gradients)
+        return {"loss": value, "grad_norm": optax.tree.norm(gradients)}
+
+    return model, [{name: float(value) for name, value in step(model, opt, batch()).items()} for _ in range(steps)]
+
+
+def assert_same_model(ours, theirs):
+    table = jp.testing.compare(_tree.leaves(ours), _tree.leaves(theirs), None, bound=2e-6)
+    assert table.ok, str(table)
+
+
+@pytest.fixture(scope="module", params=MESHES, ids=str)
+def clipped(request):
+    return run(make(clip_norm=0.01, accumulate=2), request.param)
+
+
+def test_clipping_is_by_the_global_norm_on_every_mesh(clipped):
+    """A norm of pieces, or of one replica's gradients, would scale otherwise."""
+    program, state, metrics = clipped
+    model, expected = by_hand(optax.chain(optax.clip_by_global_norm(0.01), optax.sgd(0.1, momentum=0.9)))
+    assert expected[0]["grad_norm"] > 0.02  # so that it clips
+    for ours, theirs in zip(metrics, expected, strict=True):
+        np.testing.assert_allclose([ours["loss"], ours["grad_norm"]], list(theirs.values()), rtol=2e-6)
+        assert ours["weight"] == batch()["weight"].sum()
+    assert_same_model(state["model"], model)
+    assert program.train_step.num_compilations == 1
+    jp.testing.assert_sharding((state["model"], state["optimizer"]), program.plan)
+
+
+def test_a_program_says_its_batch_and_precision(clipped):
+    program, *_ = clipped
+    shards = program.plan.num_batch_shards
+    text = str(program)
+    assert f"global batch 16 = {16 // shards // 2} per device x 2 microbatches x {shards} batch shards" in text
+    assert "precision: parameters as given, compute as stored, reduce float32, output as computed" in text
+
+
+def test_pytrees_with_frozen_leaves():
+    """A state is a dict of parameters and Optax's state; what is frozen stays, what is aux joins the metrics."""
+
+    def make_params():
+        return {"up": jnp.ones((D, F)) / D, "down": jnp.ones((F, D)) / F, "seen": jnp.zeros((), jnp.int32)}
+
+    def with_aux(params, batch):
+        out = jax.nn.tanh(batch["x"] @ params["up"]) @ params["down"]
+        return jnp.mean((out - 1) ** 2), {"size": {"out": jnp.mean(out**2)}}
+
+    recipe = make(model=make_params, loss=with_aux, has_aux=True, trainable="up", accumulate=2)
+    program, state, metrics = run(recipe, MESHES[2])
+    assert metrics[1]["loss"] < metrics[0]["loss"]
+    assert set(metrics[0]) == {"loss", "weight", "grad_norm", "size.out"}
+    np.testing.assert_array_equal(state["model"]["down"], make_params()["down"])
+    assert not any("down" in path for path in _tree.leaves(state["optimizer"]))
+    assert program.train_step.num_compilations == 1
+
+
+def test_equinox_model():
+    """A pytree with functions among its leaves."""
+
+    def mean(model, batch):
+        return jnp.mean((jax.vmap(model)(batch["x"])) ** 2)
+
+    model = lambda: eqx.nn.MLP(D, D, F, 1, key=jax.random.key(0))
+    program, state, metrics = run(make(model=model, loss=mean, strategies=[jp.FSDP()]), {"fsdp": 8})
+    assert metrics[1]["loss"] < metrics[0]["loss"]
+    assert isinstance(state["model"], eqx.nn.MLP)
+    assert float(program.eval_step(state, program.plan.batch(batch()))["loss"]) < metrics[1]["loss"]
+
+
+# ---- evaluation
+
+
+def test_evaluation_changes_nothing():
+    """nnx models evaluate without dropout and with their running statistics, which stay; weights are not copied."""
+    recipe = make(model=lambda: NoisyNet(rngs=nnx.Rngs(0, dropout=1)))
+    program, state, _ = run(recipe, {"fsdp": 8})
+    before = dict(_tree.leaves(state["model"]))
+    first, second = (program.eval_step(state, program.plan.batch(batch())) for _ in range(2))
+    assert float(first["loss"]) == float(second["loss"])
+    assert all(leaf is before[path] for path, leaf in _tree.leaves(state["model"]).items())
+
+    model = nnx.jit(recipe.model)()
+    nnx.update(model, jax.tree.map(np.asarray, nnx.state(state["model"], nnx.Not(nnx.RngState))))
+    model.eval()
+    np.testing.assert_allclose(first["loss"], programs.mean_of(loss(model, batch())), rtol=2e-6)
+
+
+def test_evaluation_of_an_uneven_last_batch():
+    """Filled up with rows of weight 0: the mean over batches, each by its weight, is the true one."""
+    program, state, _ = run(make(), {"data": 8}, steps=1)
+    whole = batch(28)
+    last = {name: np.concatenate([leaf[16:], np.zeros_like(leaf[:4])]) for name, leaf in whole.items()}
+    parts = [{name: leaf[:16] for name, leaf in whole.items()}, last]
+    found = [program.eval_step(state, program.plan.batch(part)) for part in parts]
+    total = sum(float(each["loss"]) * float(each["weight"]) for each in found)
+    expected, weight = loss(state["model"], whole)
+    np.testing.assert_allclose(total / sum(float(each["weight"]) for each in found), expected / weight, rtol=2e-6)
+
+
+def test_another_loss_to_evaluate_with():
+    program, state, _ = run(make(eval_loss=lambda model, batch: jnp.mean(model(batch["x"]))), {"data": 8}, steps=1)
+    found = program.eval_step(state, program.plan.batch(batch()))
+    np.testing.assert_allclose(found["loss"], jnp.mean(state["model"](batch()["x"])), rtol=1e-5)
+    assert float(found["weight"]) == ROWS
+
+
+# ---- precision
+
+
+def in_compute_dtype(model, batch):
+    return loss(model, {**batch, "x": batch["x"].astype(model.up.kernel.dtype)})
+
+
+def test_compute_in_bfloat16():
+    """Gathers move bfloat16; parameters, their gradients, sums and slots stay float32."""
+    recipe = make(loss=cast_loss, precision=jp.Precision(compute="bfloat16"))
+    program, state, metrics = run(recipe, {"fsdp": 8})
+    assert {leaf.dtype for leaf in _tree.leaves(state["model"]).values()} == {np.dtype("float32")}
+    slots = [leaf for path, leaf in _tree.leaves(state["optimizer"]).items() if "trace" in path]
+    assert {leaf.dtype for leaf in slots} == {np.dtype("float32")}
+    traffic = jp.testing.collectives(
+        program.train_step, state["model"], state["optimizer"], program.plan.batch(batch())
+    )
+    gathers = [each for each in traffic if each.kind == "all-gather"]
+    assert gathers
+    assert {each.dtype for each in gathers} == {"bf16"}, str(traffic)
+    exact = run(make(), {"fsdp": 8})[2]
+    np.testing.assert_allclose(metrics[0]["loss"], exact[0]["loss"], rtol=1e-2)
+    assert metrics[0]["loss"] != exact[0]["loss"]
+
+
+def cast_loss(model, batch):
+    """As `Precision` asks of a loss: its inputs in the dtype in which the model computes."""
+    return loss(model, {**batch, "x": batch["x"].astype(jnp.bfloat16)})
+
+
+def test_every_dtype_of_a_policy():
+    """Stored, computed with, summed in, and given back."""
+    precision = jp.Precision(param="bfloat16", compute="float32", reduce="bfloat16", output="float16")
+    program = make(precision=precision).on(programs.mesh(data=8))
+    state, metrics = program.step(program.init(), program.plan.batch(batch()))
+    assert {leaf.dtype for leaf in _tree.leaves(state["model"]).values()} == {jnp.dtype("bfloat16")}
+    assert {leaf.dtype for leaf in metrics.values()} == {jnp.dtype("float16")}
+    found = program.eval_step(state, program.plan.batch(batch()))
+    assert {leaf.dtype for leaf in found.values()} == {jnp.dtype("float16")}
+    lowered = program.train_step.lower(state["model"], state["optimizer"], program.plan.batch(batch())).as_text()
+    assert "tensor<64x128xbf16>) -> tensor<64x128xbf16>" in lowered.partition("all_reduce")[2]
+
+
+def test_precision_by_hardware():
+    """bfloat16 compute on accelerators, nothing on a CPU, unless said otherwise."""
+    tpu = jp.mesh("v5e:2x4", data=2, fsdp=2, tensor=2)
+    assert make().on(tpu).plan.precision == jp.Precision(compute="bfloat16")
+    assert make().on(programs.mesh(data=8)).plan.precision == jp.Precision()
+    assert make(precision=jp.Precision()).on(tpu).plan.precision == jp.Precision()
+
+
+@pytest.mark.parametrize("field", ["param", "compute", "reduce", "output"])
+def test_rejects_what_is_no_float(field):
+    for wrong in ("int8", "float23"):
+        with pytest.raises(jp.ShardingError) as error:
+            jp.Precision(**{field: wrong})
+        assert str(error.value) == (
+            f"Precision: {field}={wrong!r} is not a floating dtype. Use 'float32', 'bfloat16' or 'float16'."
+        )
+
+
+# ---- errors
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"accumulate": 0}, "Recipe: accumulate is 0. Use 1 for none, or the number of microbatches."),
+        ({"clip_norm": -1.0}, "Recipe: clip_norm is -1.0. Use a positive norm, or None for no clipping."),
+        (
+            {"accumulate": 5},
+            "Recipe: a batch of 16 does not divide into accumulate=5 microbatches. Use a batch of 15 or 20.",
+        ),
+    ],
+    ids=lambda value: "" if isinstance(value, str) else str(value),
+)
+def test_rejects_settings(changes, message):
+    with pytest.raises(jp.StepError) as error:
+        make(**changes)
+    assert str(error.value) == message
+
+
+def test_rejects_a_batch_that_the_mesh_does_not_divide():
+    recipe = make(accumulate=4)
+    with pytest.raises(jp.StepError) as error:
+        recipe.on(programs.mesh(data=8))
+    assert str(error.value) == (
+        "the global batch of 16 is not per-device x accumulate x batch shards: 4 x 8 = 32 does not divide it. Use a "
+        "batch of 32, or another accumulate or mesh."
+    )
+    assert recipe.on(programs.mesh(fsdp=4, tensor=2)).plan.num_batch_shards == 4
