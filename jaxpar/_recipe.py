@@ -257,7 +257,7 @@ def _pytree_steps(recipe: Recipe, plan: BoundPlan) -> tuple[Callable[..., Any], 
         new: Any = optax.apply_updates(trained, updates)
         if trained is not params:
             flat = _tree.flatten(params)
-            new = flat.build({**flat.leaves, **new})
+            new = flat.build({**flat.leaves, **_tree.leaves(new)})
         return new, optimizer, _metrics(found, norm, recipe, plan)
 
     def eval_step(params: PyTree, batch: PyTree) -> Any:

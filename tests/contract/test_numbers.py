@@ -37,6 +37,7 @@ def applies(replicas, shards, tensor, case, shape, accumulate):
         return False
     return (
         (case.blocks is not None or not shards.startswith("blocks"))
+        and (shards != "blocks-dots" or case.name != "stack")  # that model says itself what its jp.Stack keeps
         and ("vocab" not in tensor or "vocab" in case.tensor)
         and ("seq" not in tensor or case.has_seq or shards.startswith("blocks"))
     )
