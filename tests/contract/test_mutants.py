@@ -1,12 +1,10 @@
-"""Seeded mutants: each wrong in one way a sharding can be wrong, and killed by the assertions that guard the right one.
+"""Seeded mistakes, each of which the assertions that guard the numbers must notice.
 
-A mutant is one line changed in jaxpar, by `monkeypatch`. The unchanged program passes the same check in the same test,
-so that what kills is the mutation.
+Every case first passes as the code is, then fails with the mistake put in: a check that cannot fail proves nothing.
 """
 
+import contextlib
 import dataclasses
-import functools as ft
-import math
 
 import jax
 import jax.numpy as jnp
@@ -16,210 +14,182 @@ import pytest
 from flax import nnx
 
 import jaxpar as jp
-from jaxpar import _bound, _context, _dropout, _grad, _planned, _reduce, _tree
-from tests import _programs as programs
+from jaxpar import _constrain, _context, _grad, _reduce, _slots, _traits, testing
+
+ROWS = 16
+DRAW = np.random.default_rng(0)
+BATCH = {
+    "x": DRAW.normal(size=(ROWS, 64)).astype(np.float32),
+    "weights": (np.arange(ROWS) % 5 + 1).astype(np.float32),  # uneven over microbatches and replicas
+    "sample": np.arange(ROWS, dtype=np.int32),
+}
 
 
-def weighted(params, batch):
-    """Replicas and microbatches weigh differently."""
-    hidden = jax.nn.gelu(batch["x"] @ params["up"]["w"] + params["up"]["b"][None])
-    logits = hidden @ params["down"]["w"] + params["down"]["b"][None]
-    chosen = jnp.take_along_axis(jax.nn.log_softmax(logits), batch["label"][:, None], -1)[:, 0]
-    return -(chosen * batch["weight"]).sum(), batch["weight"].sum()
+class Model(nnx.Module):
+    def __init__(self, rngs, own_dropout):
+        self.up = nnx.Linear(64, 128, rngs=rngs)
+        self.down = nnx.Linear(128, 64, rngs=rngs)
+        self.dropout = nnx.Dropout(0.5, rngs=rngs) if own_dropout else None
+
+    def __call__(self, batch):
+        hidden = nnx.gelu(self.up(batch["x"]))
+        if self.dropout is None:
+            hidden = jp.dropout(hidden, 0.5, key=jax.random.key(1), ids=batch["sample"])
+        else:
+            hidden = self.dropout(hidden)
+        return self.down(hidden)
 
 
-PLAIN = programs.CASES["pytree"]
-WEIGHTS = np.linspace(0, 2, programs.ROWS).astype(np.float32)
-CASE = dataclasses.replace(PLAIN, name="weighted", loss=weighted, batch={**PLAIN.batch, "weight": WEIGHTS})
-ALL = {"data": 2, "fsdp": 2, "tensor": 2}
+def loss_fn(model, batch):
+    losses = jnp.sum((model(batch) - batch["x"]) ** 2, axis=-1)
+    return jnp.sum(losses * batch["weights"]), jnp.sum(batch["weights"])
 
 
-def check(case=CASE, strategies=None, axes=ALL, accumulate=2):
-    strategies = strategies or [jp.DP(), jp.FSDP(), jp.TP(**case.tensor)]
-    return programs.check_same(case, programs.train(case, programs.mesh(**axes), strategies, accumulate=accumulate))
+def grads_of(model, batch, accumulate):
+    value, grads = jp.value_and_grad(loss_fn, accumulate=accumulate)(model, batch)
+    return {"loss": value, "grads": nnx.to_pure_dict(grads)}
 
 
-def killed(what=check, **kwargs):
-    with pytest.raises(AssertionError) as error:
-        what(**kwargs)
-    return str(error.value)
+def agrees(*, own_dropout=False, **axes):
+    """Loss and gradients on a mesh are those of one device, leaf by leaf."""
+    strategies = [jp.DP(), jp.FSDP(reduce="step"), jp.TP(column=["up"], row=["down"])]
+    plan = jp.plan(lambda: Model(nnx.Rngs(0), own_dropout), jp.mesh(**axes), strategies)
+    step = plan.jit(lambda model, batch: grads_of(model, batch, 2))
+    sharded = step(plan.init(), plan.batch(BATCH))
+    return testing.compare(sharded, reference(own_dropout), None).ok
 
 
-def test_without_mutation_everything_passes():
-    check()
+def reference(own_dropout):
+    """One device, no plan; made before a mistake is put in."""
+    return REFERENCES[own_dropout]
 
 
-# ---- the reduction
+@pytest.fixture(scope="module", autouse=True)
+def references():
+    for own_dropout in (False, True):
+        model = nnx.jit(lambda own=own_dropout: Model(nnx.Rngs(0), own))()
+        REFERENCES[own_dropout] = jax.tree.map(np.asarray, nnx.jit(lambda model: grads_of(model, BATCH, 2))(model))
 
 
-def forget(gradient, scattered, replicas):
-    """No sum: each device keeps the gradient of its own replica, and says that it is everybody's."""
-    return jax.lax.psum(jnp.where(jax.lax.axis_index(replicas) == 0, gradient, 0), replicas)
+REFERENCES: dict[bool, dict] = {}
+MESH = {"data": 2, "fsdp": 2, "tensor": 2}
 
 
-def test_missing_psum(monkeypatch):
-    monkeypatch.setattr(_reduce, "_sum", forget)
-    assert "FAIL  gradients" in killed()
+def test_as_it_is():
+    assert agrees(**MESH)
+    assert agrees(own_dropout=True, data=8)
 
 
-def test_double_psum(monkeypatch):
-    def twice(gradient, scattered, replicas):
-        count = math.prod(jax.lax.axis_size(axis) for axis in replicas)
-        return jax.lax.psum(gradient, replicas) * count
-
-    monkeypatch.setattr(_reduce, "_sum", twice)
-    assert "FAIL  gradients" in killed()
+def only_the_first(gradient, scattered, replicas):
+    first = jnp.all(jnp.stack([jax.lax.axis_index(axis) == 0 for axis in replicas]))
+    return SUM(jnp.where(first, gradient, 0 * gradient), scattered, replicas)
 
 
-def test_mean_of_means(monkeypatch):
-    """Each microbatch of each replica divided by its own weight: right only where all weigh alike."""
-    honest = _grad._Job.gradients_of_sum
-
-    def mean(self, params, state, batch):
-        total, weight, aux, gradients, state = honest(self, params, state, batch)
-        divisor = jnp.maximum(weight, 1)
-        return total / divisor, jnp.ones_like(weight), aux, jax.tree.map(lambda g: g / divisor, gradients), state
-
-    monkeypatch.setattr(_grad._Job, "gradients_of_sum", mean)
-    message = killed()
-    assert "FAIL  losses" in message
-    assert "FAIL  gradients" in message
-    check(PLAIN)  # every row counts alike there: this mutant needs the mask to be seen
+def twice(gradient, scattered, replicas):
+    return 2.0 * SUM(gradient, scattered, replicas)
 
 
-def test_ignored_weight(monkeypatch):
-    """The sum divided by the number of rows."""
-    honest = _grad._Job.run
-
-    def run(self, params, state, batch):
-        total, _, aux, after = honest(self, params, state, batch)
-        return total, jnp.float32(_grad._rows(batch)), aux, after
-
-    monkeypatch.setattr(_grad._Job, "run", run)
-    assert "FAIL  losses" in killed()
-    assert "FAIL  losses" in killed(accumulate=1)
+def of_means(gradient, scattered, replicas):
+    return SUM(gradient, scattered, replicas) / jax.lax.axis_size(replicas)
 
 
-def test_microbatches_that_repeat_rows(monkeypatch):
-    monkeypatch.setattr(_grad, "_pick", lambda batches, index: jax.tree.map(lambda leaf: leaf[0], batches))
-    assert "FAIL  losses" in killed()
+def over_other_axes(gradient, scattered, replicas):
+    return SUM(gradient, scattered, ("tensor", *replicas[1:]))
 
 
-def test_swapped_axes(monkeypatch):
-    """The batch's rows in the wrong order among devices: labels of other rows than their inputs."""
-    honest = _grad._interleaved
-
-    def swapped(batch, job, replicas, region):
-        split = honest(batch, job, replicas, region)
-        return {**split, "label": jnp.flip(split["label"], axis=1)}
-
-    monkeypatch.setattr(_grad, "_interleaved", swapped)
-    assert "FAIL  losses" in killed()
+SUM = _reduce._sum
 
 
-def test_parameters_over_swapped_axes(monkeypatch):
-    """Specs that swap fsdp and tensor give the same numbers: what kills is the placement."""
-    case = programs.CASES["mlp"]
-    strategies = [jp.DP(), jp.FSDP(), jp.TP(**case.tensor)]
-    plan = jp.plan(case.make, programs.mesh(**ALL), strategies)
-    swap = {"fsdp": "tensor", "tensor": "fsdp"}
-    swapped = dataclasses.replace(
-        plan,
-        records={
-            path: dataclasses.replace(
-                record, storage=jax.P(*[swap.get(axis, axis) if axis else axis for axis in record.storage])
-            )
-            for path, record in plan.records.items()
-        },
-    )
-    jp.testing.assert_sharding(plan.init(), plan)
-    assert "are not placed as expected" in killed(jp.testing.assert_sharding, tree=swapped.init(), mesh=plan)
+@pytest.mark.parametrize("mistake", [only_the_first, twice, of_means, over_other_axes])
+def test_a_wrong_sum_is_noticed(mistake, monkeypatch):
+    """A missing reduction, a double one, a mean, and one over the wrong axes."""
+    monkeypatch.setattr(_reduce, "_sum", mistake)
+    assert_noticed(lambda: agrees(**MESH))
 
 
-# ---- random numbers
+def test_an_ignored_weight_is_noticed(monkeypatch):
+    monkeypatch.setattr(_grad, "_as_weight", lambda weight, total: jnp.asarray(float(ROWS), jnp.float32))
+    assert_noticed(lambda: agrees(**MESH))
 
 
-def test_repeated_dropout_mask(monkeypatch):
-    """Each replica numbers its own rows from 0: masks repeat, as nnx.Dropout's would."""
+def test_a_mean_of_means_is_noticed(monkeypatch):
+    run = _grad._Job.run
 
-    def loss(params, batch):
-        hidden = jp.dropout(batch["x"] @ params["up"]["w"], 0.5, key=jax.random.key(1), ids=batch["sample"])
-        return programs.of_classes(hidden @ params["down"]["w"], batch)
+    def of_means(self, params, state, batch):
+        total, weight, aux, after = run(self, params, state, batch)
+        return total / weight, jnp.ones_like(weight), aux, after
 
-    ids = np.arange(programs.ROWS, dtype=np.int32)
-    case = dataclasses.replace(PLAIN, name="masked", loss=loss, batch={**PLAIN.batch, "sample": ids}, is_narrow=True)
-    strategies = [jp.DP(), jp.FSDP(), jp.TP(**case.tensor)]
-    check(case, strategies)
-    honest = _dropout.dropout
-    here = lambda x, rate, *, key, ids: honest(x, rate, key=key, ids=jnp.arange(len(ids)))
-    monkeypatch.setattr(jp, "dropout", here)
-    assert "FAIL  losses" in killed(case=case, strategies=strategies)
+    monkeypatch.setattr(_grad._Job, "run", of_means)
+    assert_noticed(lambda: agrees(**MESH))
 
 
-# ---- plans
+def test_a_repeated_mask_is_noticed(monkeypatch):
+    """Replicas that draw the same dropout mask, as `vmap` gives them unless the loss's traits forbid it."""
+    traits_of = _traits.traits_of
+    blind = lambda *args: dataclasses.replace(traits_of(*args), repeats_random=False, changes_state=False)
+    monkeypatch.setattr(_traits, "traits_of", blind)
+    assert_noticed(lambda: agrees(own_dropout=True, data=8))
 
 
-def test_stale_plan(monkeypatch):
-    """The plan is no part of JAX's trace key: a helper that the user jitted keeps the layout of the first plan."""
-
-    @jax.jit
-    def helper(x):
-        return jp.constrain(jnp.sin(x), "batch", "mlp")
-
-    def specs():
-        for strategy in (jp.TP(column="w"), jp.FSDP(axis="tensor")):
-            plan = jp.plan(lambda: {"w": jnp.ones((64, 64))}, programs.mesh(data=4, tensor=2), [jp.DP(), strategy])
-            text = plan.jit(helper).lower(plan.batch(np.ones((16, 64), np.float32))).as_text()
-            yield next(line.partition("<@mesh")[2] for line in text.splitlines() if "sharding_constraint" in line)
-
-    def assert_each_its_own():
-        first, second = specs()
-        assert '[{"data"}, {"tensor"}]' in first
-        assert '[{"data", "tensor"}, {}]' in second
-
-    assert_each_its_own()
-    jax.clear_caches()
-    alike = {"__hash__": lambda self: 0, "__eq__": lambda self, other: isinstance(other, _context.Region)}
-    for name, method in alike.items():
-        monkeypatch.setattr(_planned.Traced, name, method)
-    killed(assert_each_its_own)
-    jax.clear_caches()
+def assert_noticed(check):
+    """Other numbers, or an error of JAX's own: either way the mistake does not pass."""
+    try:
+        passed = check()
+    except Exception:
+        return
+    assert not passed
 
 
-def test_unsharded_optimizer(monkeypatch):
-    """Slots whole on every device: the numbers are right, the memory is not."""
+@jax.jit
+def helper(x):
+    return jp.constrain(jnp.tanh(x), "batch", "mlp")
 
-    case, tx = programs.CASES["mlp"], optax.adam(1e-3)
 
-    def state():
-        plan = jp.plan(case.make, programs.mesh(data=8), [jp.ZeRO(1)], optimizer=tx)
-        model = plan.init()
-        opt = nnx.Optimizer(model, tx, wrt=nnx.Param)
-        step = plan.jit(lambda model, opt, batch: opt.update(model, nnx.grad(case.loss)(model, batch)) and None)
-        step(model, opt, plan.batch(case.batch))
-        return {"opt": opt, "plan": plan}
+def constraints_in_helper():
+    """How many constraints a helper that was jitted once has under a plan, after a call without one."""
+    plan = jp.plan(lambda: Model(nnx.Rngs(0), False), jp.mesh(tensor=8), [jp.TP(column=["up"], row=["down"])])
+    x = jnp.ones((8, 64))
+    jax.make_jaxpr(helper)(x)
+    with _context.entered(_context.Region(plan=plan)):
+        return str(jax.make_jaxpr(helper)(x)).count("sharding_constraint")
 
-    def assert_sharded(opt, plan):
-        (slot,) = [leaf for path, leaf in _tree.leaves(opt).items() if path.endswith("mu.up.kernel")]
-        assert slot.sharding.spec == jax.P(None, "data")
-        held = sum(leaf.addressable_shards[0].data.nbytes for leaf in _tree.leaves(opt).values())
-        assert held == plan.totals().optimizer + 4  # and nnx's count of steps
 
-    assert_sharded(**state())
-    honest = _bound.Matcher.match
+def test_a_stale_plan_is_noticed(monkeypatch):
+    """A plan in an ordinary variable is not part of JAX's trace cache: the helper keeps no constraint, in silence."""
+    helper.clear_cache()
+    assert constraints_in_helper() == 1
+
+    held = [None]
+
+    @contextlib.contextmanager
+    def entered(region):
+        held[0], before = region, held[0]
+        yield
+        held[0] = before
+
+    monkeypatch.setattr(_context, "entered", entered)
+    monkeypatch.setattr(_context, "current", lambda: held[0])
+    assert _constrain._context is _context
+    helper.clear_cache()
+    assert constraints_in_helper() == 0
+
+
+def optimizer_is_sharded():
+    """What one device holds of AdamW's state is what the plan says."""
+    transform = optax.adamw(1e-3)
+    plan = jp.plan(lambda: {"w": jnp.ones((64, 64))}, jp.mesh(data=8), [jp.ZeRO(1)], optimizer=transform)
+    state = plan.make(transform.init, plan.init())
+    held = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(state))
+    return held == plan.totals().optimizer == 2 * 64 * 64 * 4 // 8 + 4
+
+
+def test_an_unsharded_optimiser_is_noticed(monkeypatch):
+    assert optimizer_is_sharded()
+    match = _slots.Matcher.match
 
     def whole(self, path, shape):
-        found = honest(self, path, shape)
+        found = match(self, path, shape)
         return found and dataclasses.replace(found, slots=found.storage)
 
-    monkeypatch.setattr(_bound.Matcher, "match", whole)
-    killed(ft.partial(assert_sharded, **state()))
-
-
-def test_parameters_read_as_stored(monkeypatch):
-    """No gather where a parameter is read: the numbers stay right. The step itself kills it, before anything runs."""
-    case = programs.CASES["mlp"]
-    plan = jp.plan(case.make, programs.mesh(fsdp=8), [jp.FSDP(min_bytes=0)])
-    monkeypatch.setattr(_planned._Move, "forward", lambda self, value: value)
-    with pytest.raises(jp.StepError, match="none of the 2 sharded parameters is read through the plan"):
-        plan.jit(jp.value_and_grad(case.loss)).lower(plan.init(), plan.batch(case.batch))
+    monkeypatch.setattr(_slots.Matcher, "match", whole)
+    assert not optimizer_is_sharded()
