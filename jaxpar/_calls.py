@@ -248,7 +248,7 @@ class Glance:
 
     def look(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Any], tuple[Any, ...]] | None:
         """The arrays of a call in the order of `take_apart`, and its nodes; `None` if it is not alike."""
-        leaves, treedef = jax.tree.flatten((args, kwargs), is_leaf=is_node)
+        leaves, treedef = jax.tree.flatten((args, kwargs), is_leaf=is_node if self._roots else None)
         if treedef != self._treedef or not self._inside:
             return None
         nodes = tuple(leaves[at] for at, _ in self._roots)

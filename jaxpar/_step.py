@@ -55,11 +55,8 @@ class _Compiled:
 
     def run(self, arrays: list[Any], nodes: tuple[Any, ...]) -> tuple[dict[int, Any], Any]:
         """The changed arrays of nodes by their place, and the result, from placed arrays."""
-        seen: set[int] = set()
-        for index in self.donated:
-            if id(arrays[index]) in seen:  # two leaves share one buffer, which can be given away only once
-                arrays[index] = arrays[index].copy()
-            seen.add(id(arrays[index]))
+        if len({id(arrays[index]) for index in self.donated}) < len(self.donated):
+            arrays = _apart(arrays, self.donated)
         values = self.function(*arrays)
         num = len(self.changed)
         return dict(zip(self.changed, values[:num], strict=True)), self.result.assemble(values[num:], nodes)
@@ -290,6 +287,17 @@ class StepFunction:
                 'jp.constrain(x, "batch", "seq", "embed"), or stack its blocks, FSDP(blocks="blocks.*") or jp.Stack; '
                 "or leave sequence out."
             )
+
+
+def _apart(arrays: list[Any], donated: tuple[int, ...]) -> list[Any]:
+    """`arrays` with a copy wherever two share one buffer, which can be given away only once."""
+    seen: set[int] = set()
+    arrays = list(arrays)
+    for index in donated:
+        if id(arrays[index]) in seen:
+            arrays[index] = arrays[index].copy()
+        seen.add(id(arrays[index]))
+    return arrays
 
 
 def _named(function: Callable[..., Any], name: str, kept: list[int]) -> Callable[..., Any]:
