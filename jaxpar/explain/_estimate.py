@@ -66,6 +66,11 @@ def estimate(program: Program, traced: Trace | None = None) -> Report:
     return _Estimate(program, _trace.trace(program) if traced is None else traced).report()
 
 
+def memory_of(program: Program, traced: Trace) -> Memory:
+    """The memory of `estimate(program, traced)`, alone."""
+    return _Estimate(program, traced).memory()
+
+
 class _Estimate:
     """One program on one mesh."""
 
@@ -97,7 +102,7 @@ class _Estimate:
             strategies=self.plan.strategies,
             num_tokens=num_tokens(self.recipe),
             peak_flops=self.hardware.peak_flops(dtype),
-            memory=self._memory(),
+            memory=self.memory(),
             flops=flops,
             timeline=timeline,
             collectives=rows,
@@ -113,7 +118,7 @@ class _Estimate:
 
     # Memory.
 
-    def _memory(self) -> Memory:
+    def memory(self) -> Memory:
         totals = self.plan.totals()
         slots: dict[str, int] = {}
         for record in (*self.plan.records.values(), *(self.plan.optimizer_records or {}).values()):
