@@ -15,7 +15,7 @@ from ._birth import Birth
 from ._calls import optimizer_paths
 from ._context import as_spec, axes_at
 from ._errors import ShardingError, listed
-from ._plan import Plan, Record, as_dtype, axis_sizes
+from ._plan import TABLE, Plan, Record, as_dtype, axis_sizes
 from ._precision import Precision
 from ._slots import Matcher, slot_record, unmatched_note
 from ._step import StepFunction
@@ -443,7 +443,7 @@ def _record(path: str, birth: Birth, draft: _rules.Draft, precision: Precision) 
         gradient=as_spec(leaf.gradient),
         slots=as_spec(leaf.slots),
         compute_dtype=as_dtype(precision.compute or shape.dtype) if floating else as_dtype(shape.dtype),
-        role=leaf.role,
+        role=leaf.role or (TABLE if _rules.is_table(leaf) else ""),
         layers=leaf.layers,
         remat=path in birth.remat,
         reasons=tuple(leaf.reasons),

@@ -15,6 +15,7 @@ from . import _calls, _context, _planned, _traits
 from ._birth import no_eager_sharding
 from ._calls import Call, Place, Result
 from ._errors import ShardingError, StepError, listed
+from ._plan import TABLE, Record, gradient_route
 from ._planned import Traced
 from ._slots import Match
 from .parallel import TP
@@ -167,23 +168,35 @@ class StepFunction:
         found = [self._match(place, np.shape(array)) for place, array in zip(call.places, call.arrays, strict=True)]
         _check_parameters(call, found)
         traced: dict[str, Any] = {}
+
+        def trace(region: Traced) -> Any:
+            def pure(*arrays: Any) -> list[Any]:
+                args, kwargs, nodes = call.rebuild(arrays)
+                before = _calls.graphdef_of(nodes)
+                variables = _parameters_of(nodes, call, found)
+                given = _calls.by_name(self._names, args, kwargs)
+                bare = [(*pair, pair[1].get_raw_value()) for pair in _calls.bare_variables(given)]
+                with no_eager_sharding(), _planned.planned(variables), _context.entered(region):
+                    out = self.function(*args, **kwargs)
+                    out_arrays, traced["result"] = _calls.take_result_apart(out, nodes)
+                _check_structure(self.__name__, before, _calls.graphdef_of(nodes))
+                _check_bare(self.__name__, bare)
+                return [*_calls.node_arrays(nodes), *out_arrays]
+
+            jaxpr = jax.make_jaxpr(pure)(*call.arrays)
+            region.values.clear()
+            return jaxpr
+
         region = Traced(plan=plan)
-
-        def pure(*arrays: Any) -> list[Any]:
-            args, kwargs, nodes = call.rebuild(arrays)
-            before = _calls.graphdef_of(nodes)
-            variables = _parameters_of(nodes, call, found)
-            given = _calls.by_name(self._names, args, kwargs)
-            bare = [(*pair, pair[1].get_raw_value()) for pair in _calls.bare_variables(given)]
-            with no_eager_sharding(), _planned.planned(variables), _context.entered(region):
-                out = self.function(*args, **kwargs)
-                out_arrays, traced["result"] = _calls.take_result_apart(out, nodes)
-            _check_structure(self.__name__, before, _calls.graphdef_of(nodes))
-            _check_bare(self.__name__, bare)
-            return [*_calls.node_arrays(nodes), *out_arrays]
-
-        jaxpr = jax.make_jaxpr(pure)(*call.arrays)
-        region.values.clear()
+        jaxpr = trace(region)
+        tables = self._unforeseen_tables(found, call, jaxpr.jaxpr)
+        if tables:
+            region = Traced(plan=plan, tables=tables)
+            jaxpr = trace(region)
+            region.notes.append(
+                f"looked up by index, which the plan did not foresee: {', '.join(sorted(tables))}; these gradients are "
+                "summed whole, as a table's"
+            )
         if self._must_read:
             self._check_reads(found, call, _traits.contracted(jaxpr.jaxpr))
             self._check_sequence(region, jaxpr.jaxpr)
@@ -275,6 +288,21 @@ class StepFunction:
                 len(sharded),
                 ", ".join(unread[:5]),
             )
+
+    def _unforeseen_tables(self, found: list[Match | None], call: Call, jaxpr: Any) -> frozenset[str]:
+        """Parameters that the step looks up by index, and whose gradients would go another way if the plan knew."""
+        crossed = tuple(axis for axis in self.plan.batch_axes if self.plan.axes[axis] > 1)
+
+        def differs(record: Record) -> bool:
+            routes = (gradient_route(self.plan, record, crossed, table=table) for table in (False, True))
+            return record.slot == "parameter" and record.role != TABLE and len(set(routes)) > 1
+
+        maybe = {
+            index: match.record.path
+            for index, (place, match) in enumerate(zip(call.places, found, strict=True))
+            if match is not None and not place.is_slot and differs(match.record)
+        }
+        return frozenset(maybe[index] for index in _traits.looked_up(jaxpr) & maybe.keys()) if maybe else frozenset()
 
     def _check_sequence(self, region: Traced, jaxpr: Any) -> None:
         strategy = self.plan.strategy(TP)
