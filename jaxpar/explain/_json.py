@@ -76,7 +76,9 @@ def _decode_class(hint: Any, value: Any, at: str) -> Any:
     hints = _hints(hint)
     strange = sorted(set(value) - set(hints))
     if strange:
-        raise ShardingError(f"{at}: this version of jaxpar knows no {strange[0]!r}. Read it with the one that wrote it.")
+        raise ShardingError(
+            f"{at}: this version of jaxpar knows no {strange[0]!r}. Read it with the one that wrote it."
+        )
     needed = [
         field.name
         for field in dataclasses.fields(hint)

@@ -169,7 +169,7 @@ class Report:
     def _repr_mimebundle_(self, **_: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         from . import _report_html
 
-        picture, size = self.draw()._repr_mimebundle_()  # noqa: SLF001  # a PNG where matplotlib is
+        picture, size = self.draw()._repr_mimebundle_()  # a PNG where matplotlib is
         return {**picture, "text/plain": self.table(), "text/html": _report_html.body(self)}, size
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -212,7 +212,9 @@ class Report:
         try:
             fields = json.loads(text)
         except ValueError as error:
-            raise ShardingError(f"this is not the JSON of a report ({error}). Write it with report.to_json().") from error
+            raise ShardingError(
+                f"this is not the JSON of a report ({error}). Write it with report.to_json()."
+            ) from error
         if not isinstance(fields, dict) or "format" not in fields:
             raise ShardingError("this is not the JSON of a report: it has no 'format'. Write it with report.to_json().")
         if fields["format"] != FORMAT:

@@ -105,7 +105,10 @@ def _memory(mine: "Report", theirs: "Report") -> Iterator[Change]:
     parts = ("peak", "limit", "argument", "output", "temporary", "alias", "code", "host")
     figures = {name: lambda report, name=name: report.memory and getattr(report.memory, name) for name in parts}
     yield from _figures("memory", "B", figures, mine, theirs)
-    held = [_sums((each.kind, each.bytes) for each in report.memory.held) if report.memory else {} for report in (mine, theirs)]
+    held = [
+        _sums((each.kind, each.bytes) for each in report.memory.held) if report.memory else {}
+        for report in (mine, theirs)
+    ]
     yield from _keyed("memory", "B", "at the peak: {}", *held)
 
 
@@ -129,7 +132,9 @@ def _placed(what: str, key: tuple[str, tuple[str, ...]], mine: "Report", theirs:
     for place in dict.fromkeys([*one, *other]):
         a, b = (group(each[place]).bytes if place in each else None for each in (one, other))
         path, depth = place
-        yield Change(section="collectives", what=f"{what}, {path or '?'}, loop depth {depth}", mine=a, theirs=b, unit="B")
+        yield Change(
+            section="collectives", what=f"{what}, {path or '?'}, loop depth {depth}", mine=a, theirs=b, unit="B"
+        )
 
 
 def _together(rows: list[Row]) -> dict[tuple[str, int], list[Row]]:
@@ -145,7 +150,9 @@ def _flops(mine: "Report", theirs: "Report") -> Iterator[Change]:
         for name in ("model", "model_causal", "hardware")
     }
     yield from _figures("flops", "FLOP", figures, mine, theirs)
-    yield Change(section="flops", what="peak of one device", mine=mine.peak_flops, theirs=theirs.peak_flops, unit="FLOP")
+    yield Change(
+        section="flops", what="peak of one device", mine=mine.peak_flops, theirs=theirs.peak_flops, unit="FLOP"
+    )
     paths = [_sums(report.flops.by_path) if report.flops else {} for report in (mine, theirs)]
     yield from _keyed("flops", "FLOP", "{}", *paths)
 

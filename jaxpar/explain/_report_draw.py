@@ -21,7 +21,7 @@ from .._errors import ShardingError, nearest
 from .._plan import Plan
 from . import _report_tables as tables, _report_text as as_text
 from ._memory import Memory
-from ._report_tables import KINDS
+from ._report_tables import KINDS, SHADES
 from ._timeline import Event, Timeline
 from ._traffic import Group
 from ._units import seconds_text, share_text, shortened, size_text
@@ -32,19 +32,9 @@ if TYPE_CHECKING:
 SMALL = 10
 _WIDTH = 860.0
 _LEFT, _RIGHT = 96.0, 92.0
+_EMPTY = Scene(0, 0)
 _BYTES_AT, _SECONDS_AT = 240.0, 510.0
 _SHADES = (0.42, 0.3, 0.2, 0.12)
-_STACK = {
-    "parameter": 0.62,
-    "optimizer": 0.5,
-    "model_state": 0.44,
-    "gradient": 0.38,
-    "activation": 0.28,
-    "temporary": 0.19,
-    "batch": 0.14,
-    "code": 0.11,
-    "unattributed": 0.07,
-}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,7 +44,7 @@ class _Drawn:
     title: str
     lead: str
     text: Sequence[str] = ()
-    scene: Scene = Scene(0, 0)
+    scene: Scene = _EMPTY
 
 
 def draw(report: "Report", picture: str | None) -> Drawing:
@@ -68,7 +58,7 @@ def draw(report: "Report", picture: str | None) -> Drawing:
     text = "\n\n".join("\n".join([f"{each.title}: {each.lead}", *each.text]) for each in drawn)
     scene = scenes.above([scenes.above([_head(each.title, each.lead), each.scene], 8) for each in drawn], 26)
     if picture is None:
-        figures = "    ".join(f"{what} {figure}" for what, figure in tables.headline(report))
+        figures = "    ".join(" ".join(each).strip() for each in tables.headline(report))
         text = f"{tables.title(report)}\n\n{text}"
         scene = scenes.above([_head(tables.title(report), figures), scene], 22)
     return Drawing(text, scenes.framed(scene, 14), report.name or "a step")
@@ -77,6 +67,15 @@ def draw(report: "Report", picture: str | None) -> Drawing:
 def scene_of(report: "Report", picture: str) -> Scene:
     """One picture without its title and its sentence."""
     return _PICTURES[picture](report).scene
+
+
+def stack(report: "Report") -> Scene:
+    """What memory holds, as a bar and a curve, without a legend."""
+    memory = report.memory
+    if memory is None:
+        return _EMPTY
+    parts = [_stack(memory, _sizes(memory)), *([_curve(memory)] if len(memory.curve) > 1 else [])]
+    return scenes.above(parts, 8)
 
 
 def _head(title: str, said: str) -> Scene:
@@ -147,7 +146,9 @@ def _merged(events: Sequence[Event], gap: float) -> list[_Box]:
     return found
 
 
-def _box(each: _Box, lane: str, hues: dict[str, tuple[str, ...]], shades: dict[str, float], scale: float) -> list[Shape]:
+def _box(
+    each: _Box, lane: str, hues: dict[str, tuple[str, ...]], shades: dict[str, float], scale: float
+) -> list[Shape]:
     x, width = _LEFT + each.start * scale, max((each.end - each.start) * scale, 0.6)
     inner = width - 1 if width > 4 else width
     if lane == "compute":
@@ -181,7 +182,9 @@ def _waits(line: Timeline, boxes: Sequence[_Box], hues: dict[str, tuple[str, ...
         first = bisect.bisect_right(starts, middle)
         busy = next((event for event in reversed(moving[:first]) if event.start + event.seconds >= middle), None)
         if busy is not None:
-            shapes.append(box(_LEFT + start * scale, 8, (end - start) * scale, 8, fill=hues[busy.lane][0], opacity=0.45))
+            shapes.append(
+                box(_LEFT + start * scale, 8, (end - start) * scale, 8, fill=hues[busy.lane][0], opacity=0.45)
+            )
     return shapes
 
 
@@ -241,7 +244,9 @@ def _shade_legend(shades: dict[str, float]) -> Scene:
     rest = [name for name in shades if name not in named]
     if rest:
         named.append(rest[0] if len(rest) == 1 else f"{rest[0]} and {len(rest) - 1} other kinds")
-    marks = [beside([_swatch(INK, shade), words(name, size=SMALL)], 5) for name, shade in zip(named, _SHADES, strict=False)]
+    marks = [
+        beside([_swatch(INK, shade), words(name, size=SMALL)], 5) for name, shade in zip(named, _SHADES, strict=False)
+    ]
     wait = Scene(10, 14, (box(0, 5, 10, 5, fill=_palette.hues(["fsdp"])["fsdp"], opacity=0.45),))
     return beside([Scene(_LEFT - 16, 14), *marks, beside([wait, words("waits for a link", size=SMALL)], 5)], 16)
 
@@ -268,11 +273,15 @@ def _memory(report: "Report") -> _Drawn:
     if memory is None:
         return _Drawn(title="Memory", lead="not known")
     part = tables.PARTS["memory"](report, False)
-    sizes = {kind: sum(held.bytes for held in memory.held if held.kind == kind) for kind in KINDS}
+    sizes = _sizes(memory)
     parts = [_stack(memory, sizes), _stack_legend(memory, sizes)]
     if len(memory.curve) > 1:
         parts.append(_curve(memory))
     return _Drawn(title="Memory", lead=part.lead, text=as_text.tables_text(part.tables), scene=scenes.above(parts, 8))
+
+
+def _sizes(memory: Memory) -> dict[str, int]:
+    return {kind: sum(held.bytes for held in memory.held if held.kind == kind) for kind in KINDS}
 
 
 def _stack(memory: Memory, sizes: dict[str, int]) -> Scene:
@@ -283,7 +292,7 @@ def _stack(memory: Memory, sizes: dict[str, int]) -> Scene:
     x = 0.0
     for kind, size in shown.items():
         width = size / whole * _WIDTH
-        shapes.append(box(x, 4, width - 1 if width > 3 else width, 28, opacity=_STACK[kind]))
+        shapes.append(box(x, 4, width - 1 if width > 3 else width, 28, opacity=SHADES[kind]))
         if _fits(KINDS[kind], width):
             shapes.append(Label(at=(x + width / 2, 22), text=KINDS[kind], size=SMALL, anchor="middle"))
         x += width
@@ -297,7 +306,9 @@ def _stack(memory: Memory, sizes: dict[str, int]) -> Scene:
         edge = ((x, 4), (at, 4), (at, 32), (x, 32))
         if left > 0:
             shapes.append(Line(points=edge, opacity=0.3))
-        limit = Label(at=(min(at, _WIDTH), 46), text=f"limit {size_text(memory.limit)}", size=SMALL, anchor="end", opacity=0.75)
+        limit = Label(
+            at=(min(at, _WIDTH), 46), text=f"limit {size_text(memory.limit)}", size=SMALL, anchor="end", opacity=0.75
+        )
         shapes.append(limit)
     return Scene(_WIDTH, 50 if memory.limit else 36, tuple(shapes))
 
@@ -313,7 +324,7 @@ def _stack_legend(memory: Memory, sizes: dict[str, int]) -> Scene:
                 Label(at=(190, 11), text=size_text(size), size=SMALL, anchor="end"),
                 Label(at=(238, 11), text=share, size=SMALL, anchor="end", opacity=0.75),
             )
-            rows.append(Scene(244, 15, (*_swatch(INK, _STACK[kind]).shapes, *cells)))
+            rows.append(Scene(244, 15, (*_swatch(INK, SHADES[kind]).shapes, *cells)))
     return beside([scenes.above(rows[start : start + 3], 2) for start in range(0, len(rows), 3)], 40)
 
 
@@ -321,7 +332,7 @@ def _curve(memory: Memory) -> Scene:
     """Our own account of memory through the schedule."""
     high, above = 84.0, 16.0
     last = max(place for place, _ in memory.curve) or 1
-    top = max(max(size for _, size in memory.curve), 1)
+    top = max(1, *(size for _, size in memory.curve))
     points = [(place / last * _WIDTH, high - size / top * (high - above)) for place, size in memory.curve]
     area = scenes.Area(points=((points[0][0], high), *points, (points[-1][0], high)), opacity=0.14)
     line = Line(points=tuple(points), opacity=0.6, width=1.2)
@@ -384,7 +395,9 @@ def _bars(each: Group, over: str, colours: Sequence[str], heaviest: int, longest
 def _striped(x: float, width: float, colours: Sequence[str], opacity: float) -> list[Shape]:
     high = 12 / len(colours)
     shown = max(width, 1.0) if width > 0 else 0.0
-    return [box(x, 2 + place * high, shown, high, fill=hue, opacity=opacity) for place, hue in enumerate(colours) if shown]
+    return [
+        box(x, 2 + place * high, shown, high, fill=hue, opacity=opacity) for place, hue in enumerate(colours) if shown
+    ]
 
 
 # The mesh

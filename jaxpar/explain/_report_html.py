@@ -4,11 +4,13 @@ No script and no file; colours mark axes alone, so that it suits light and dark.
 a plain document of tables is left. Long tables are folded away, and end with what they leave out.
 """
 
+import dataclasses
 import html
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING
 
 from .. import _draw_scene as scenes, _palette
+from .._draw_scene import Scene
 from . import _report_draw as pictures, _report_tables as tables
 from ._report_tables import Bar, Part, Table
 
@@ -19,32 +21,40 @@ _MOST_ROWS = 60
 """Of a whole table; a report stays under 200 kB."""
 
 _STYLE = """
-.jaxpar-report{font-size:.92em;line-height:1.45;max-width:66em}
+.jaxpar-report{font-size:.92em;line-height:1.45;max-width:70em}
 .jaxpar-report h2{font-size:1.25em;margin:.2em 0 .3em}
 .jaxpar-report h3{font-size:1.08em;margin:1.6em 0 .2em}
 .jaxpar-report p{margin:.15em 0;max-width:56em}
 .jaxpar-report .said{opacity:.75}
-.jaxpar-report .figures{display:flex;flex-wrap:wrap;gap:.6em 2.4em;margin:.9em 0 .4em;padding:0}
+.jaxpar-report .figures{display:flex;flex-wrap:wrap;gap:.8em 2.6em;margin:.9em 0 .4em;padding:0}
 .jaxpar-report .figures div{margin:0}
 .jaxpar-report .figures b{display:block;font-size:1.45em;font-weight:600;line-height:1.2}
 .jaxpar-report .wide{overflow-x:auto;margin:.5em 0}
 .jaxpar-report table{border-collapse:collapse;font-size:.92em;margin:0}
-.jaxpar-report th,.jaxpar-report td{text-align:left;vertical-align:top;padding:.22em 1em .22em 0;border:0;background:none}
+.jaxpar-report th,.jaxpar-report td{text-align:left;vertical-align:top;padding:.22em 1em .22em 0}
+.jaxpar-report th,.jaxpar-report td{border:0;background:none}
 .jaxpar-report th{font-weight:normal;opacity:.65;white-space:nowrap;border-bottom:1px solid}
 .jaxpar-report tr{background:none}
 .jaxpar-report td{border-bottom:1px solid #8883}
 .jaxpar-report .n{text-align:right;white-space:nowrap;font-variant-numeric:tabular-nums}
 .jaxpar-report .k{white-space:nowrap}
 .jaxpar-report .bar{min-width:7em}
-.jaxpar-report .bar div{height:.75em;margin-top:.3em;background:currentColor;opacity:.35}
-.jaxpar-report .bar .axis{opacity:1}
+.jaxpar-report .bar div{height:.75em;margin-top:.3em;background:currentColor}
 .jaxpar-report summary{cursor:pointer;opacity:.75;margin:.4em 0}
 .jaxpar-report details table{font-size:.85em}
-.jaxpar-report svg{margin:.4em 0;max-width:100%;height:auto}
+.jaxpar-report .picture{margin:.5em 0}
+.jaxpar-report .picture svg{width:100%;height:auto}
 .jaxpar-report .finding{margin:.7em 0;padding-left:.8em;border-left:3px solid #8886}
 .jaxpar-report .error{border-left:5px solid}
 .jaxpar-report .warning{border-left:3px solid}
 """.strip()
+
+
+_PICTURES: dict[str, Callable[["Report"], Scene]] = {
+    "time": lambda report: pictures.scene_of(report, "timeline"),
+    "memory": pictures.stack,  # the bars of the table have its shades
+    "collectives": lambda report: pictures.scene_of(report, "collectives"),
+}
 
 
 def page(report: "Report") -> str:
@@ -53,29 +63,34 @@ def page(report: "Report") -> str:
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="color-scheme" content="light dark">'
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
-        f"<title>{name}</title>\n<style>body{{font-family:system-ui,'Segoe UI','DejaVu Sans',sans-serif;margin:2em auto;"
-        f"max-width:64em;padding:0 1.2em}}</style></head>\n<body>\n{body(report)}\n</body></html>\n"
+        f"<title>{name}</title>\n<style>body{{font-family:system-ui,'Segoe UI','DejaVu Sans',sans-serif;"
+        f"margin:2em auto;max-width:68em;padding:0 1.2em}}</style></head>\n<body>\n{body(report)}\n</body></html>\n"
     )
 
 
 def body(report: "Report") -> str:
     """The report as a piece of a page."""
-    lines = [f"<style>\n{_STYLE}\n</style>", '<div class="jaxpar-report">', f"<h2>{html.escape(tables.title(report))}</h2>"]
+    lines = [
+        f"<style>\n{_STYLE}\n</style>",
+        '<div class="jaxpar-report">',
+        f"<h2>{html.escape(tables.title(report))}</h2>",
+    ]
     lines += [_said(line) for line in tables.made(report)]
     lines += ['<div class="figures">', *(_figure(*row) for row in tables.headline(report)), "</div>"]
-    shown = {"time": "timeline", "memory": "memory", "collectives": "collectives"}
     for part, everything in zip(tables.parts(report), tables.parts(report, whole=True), strict=True):
         lines += [f"<h3>{part.title}</h3>", _said(part.lead)]
-        if part.name in shown and part.tables:
-            lines.append(_picture(report, shown[part.name]))
+        if part.tables and part.name in _PICTURES:
+            lines.append(_picture(_PICTURES[part.name](report)))
         if part.name == "findings":
             lines += _findings(part)
         else:
-            lines += [_table(table, report.axes) for table in part.tables]
+            lines += [
+                _table(_plain(table) if part.name == "collectives" else table, report.axes) for table in part.tables
+            ]
             lines += _everything(part, everything, report.axes)
         lines += [_said(note) for note in part.notes]
     if report.axes:
-        lines += ["<h3>Mesh</h3>", _picture(report, "mesh")]
+        lines += ["<h3>Mesh</h3>", _picture(pictures.scene_of(report, "mesh"))]
     lines += [_said(f"note: {note}") for note in report.notes]
     if report.unread:
         lines += ["<h3>Not read of the program</h3>", *map(_said, report.unread[:10])]
@@ -83,16 +98,14 @@ def body(report: "Report") -> str:
     return "\n".join([*lines, "</div>"])
 
 
-def _figure(what: str, figure: str) -> str:
-    first, _, rest = figure.partition(",")
-    main, _, aside = first.partition(" of ")
-    told = ", ".join(filter(None, (f"of {aside}" if aside else "", rest.strip())))
-    return f"<div>{html.escape(what)}<b>{html.escape(main)}</b><span class=said>{html.escape(told)}</span></div>"
+def _figure(what: str, figure: str, aside: str) -> str:
+    said = f'<span class="said">{html.escape(aside)}</span>'
+    return f"<div>{html.escape(what)}<b>{html.escape(figure)}</b>{said}</div>"
 
 
-def _picture(report: "Report", name: str) -> str:
-    scene = pictures.scene_of(report, name)
-    return scenes.svg(scenes.framed(scene, 2), alone=False)
+def _picture(scene: Scene) -> str:
+    drawn = scenes.svg(scenes.framed(scene, 2), alone=False)
+    return f'<div class="picture" style="max-width:{1.15 * scene.width:.0f}px">{drawn}</div>'
 
 
 def _said(line: str) -> str:
@@ -103,10 +116,17 @@ def _table(table: Table, axes: Collection[str], rest: str = "") -> str:
     kept = [index for index, _ in enumerate(table.titles) if any(row[index] for row in table.rows)]
     head = "".join(f"<th{_class(table, index)}>{html.escape(table.titles[index])}</th>" for index in kept)
     lines = [
-        "<tr>" + "".join(_cell(row[index], _class(table, index), axes) for index in kept) + "</tr>" for row in table.rows
+        "<tr>" + "".join(_cell(row[index], _class(table, index), axes) for index in kept) + "</tr>"
+        for row in table.rows
     ]
     said = [_said(rest or table.rest)] if rest or table.rest else []
     return "\n".join(['<div class="wide"><table>', f"<tr>{head}</tr>", *lines, "</table></div>", *said])
+
+
+def _plain(table: Table) -> Table:
+    """A table without its bars, beside a picture that has them."""
+    rows = tuple(tuple("" if isinstance(cell, Bar) else cell for cell in row) for row in table.rows)
+    return dataclasses.replace(table, rows=rows)
 
 
 def _class(table: Table, index: int) -> str:
@@ -122,11 +142,11 @@ def _cell(cell: str | Bar, style: str, axes: Collection[str]) -> str:
     colours = [hues.get(axis.partition("[")[0], "#7f7f7f") for axis in cell.axes]
     width = f"width:{max(100 * min(cell.fraction, 1.0), 0.8 * (cell.fraction > 0)):.1f}%"
     if not colours:
-        return f'<td class="bar"><div style="{width}"></div></td>'
+        return f'<td class="bar"><div style="{width};opacity:{cell.shade:g}"></div></td>'
     each = 100 / len(colours)
     stops = ",".join(f"{hue} {place * each:.0f}% {(place + 1) * each:.0f}%" for place, hue in enumerate(colours))
     paint = colours[0] if len(colours) == 1 else f"linear-gradient({stops})"
-    return f'<td class="bar"><div class="axis" style="{width};background:{paint}"></div></td>'
+    return f'<td class="bar"><div style="{width};background:{paint}"></div></td>'
 
 
 def _everything(part: Part, everything: Part, axes: Collection[str]) -> list[str]:
@@ -135,8 +155,12 @@ def _everything(part: Part, everything: Part, axes: Collection[str]) -> list[str
     lines = []
     for table in longer:
         number = len(table.rows)
-        cut = Table(titles=table.titles, rows=table.rows[:_MOST_ROWS], right=table.right, paths=table.paths)
-        rest = f"and {number - _MOST_ROWS} smaller ones: report.table({part.name!r}) has them" if number > _MOST_ROWS else ""
+        cut = dataclasses.replace(table, rows=table.rows[:_MOST_ROWS])
+        rest = (
+            f"and {number - _MOST_ROWS} smaller ones: report.table({part.name!r}) has them"
+            if number > _MOST_ROWS
+            else ""
+        )
         lines += [f"<details><summary>all {number:,} rows</summary>", _table(cut, axes, rest), "</details>"]
     return lines
 
@@ -157,4 +181,3 @@ def _findings(part: Part) -> list[str]:
 
 def _text(cell: str | Bar) -> str:
     return html.escape(cell) if isinstance(cell, str) else ""
-

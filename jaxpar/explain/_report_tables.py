@@ -32,15 +32,19 @@ KINDS = {
 }
 """What memory holds, in the order of a stack from the bottom."""
 
+SHADES = dict(zip(KINDS, (0.62, 0.5, 0.44, 0.38, 0.28, 0.19, 0.14, 0.11, 0.07), strict=True))
+"""How dark each of them is drawn."""
+
 _FEW = 5
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Bar:
-    """A cell that is a bar: its length out of 1, and the axes whose colours it has."""
+    """A cell that is a bar: its length out of 1, and the axes whose colours it has, or a shade of the ink."""
 
     fraction: float
     axes: tuple[str, ...] = ()
+    shade: float = 0.35
 
 
 Cell = str | Bar
@@ -79,7 +83,9 @@ class Part:
 def title(report: "Report") -> str:
     """What was explained, and on what."""
     sizes = " × ".join(f"{axis} {size}" for axis, size in report.axes.items())
-    return f"{report.name or 'a step'} on {report.hardware or report.target or 'unknown hardware'}: {sizes or 'no axes'}"
+    return (
+        f"{report.name or 'a step'} on {report.hardware or report.target or 'unknown hardware'}: {sizes or 'no axes'}"
+    )
 
 
 def made(report: "Report") -> list[str]:
@@ -99,24 +105,25 @@ def made(report: "Report") -> list[str]:
     return lines
 
 
-def headline(report: "Report") -> list[tuple[str, str]]:
-    """The figures that one looks at first: `(what, how much)`."""
-    rows = []
+def headline(report: "Report") -> list[tuple[str, str, str]]:
+    """The figures that one looks at first: `(what, how much, and what more)`."""
+    rows = [("step", "not claimed", "no time is predicted for this hardware")]
     if report.timeline is not None:
         line = report.timeline
-        span = f", between {seconds_text(line.low)} and {seconds_text(line.high)}" if line.high > line.low > 0 else ""
-        rows.append(("step", f"{seconds_text(line.step_seconds)}{span}"))
-    else:
-        rows.append(("step", "no time is claimed"))
+        span = f"between {seconds_text(line.low)} and {seconds_text(line.high)}" if line.high > line.low > 0 else ""
+        rows = [("step", seconds_text(line.step_seconds), span)]
     if report.mfu is not None:
-        rows.append(("MFU", f"{100 * report.mfu:.1f} %, with recomputation {100 * (report.hfu or 0):.1f} %"))
+        again = f"with recomputation {100 * report.hfu:.1f} %" if report.hfu is not None else ""
+        rows.append(("MFU", f"{100 * report.mfu:.1f} %", again))
     if report.tokens_per_second is not None:
         each = number_text(report.tokens_per_second_per_chip)
-        rows.append(("tokens", f"{number_text(report.tokens_per_second)} a second, {each} a second and chip"))
-    if report.memory is not None:
-        rows.append(("memory", f"{_of_limit(report.memory.peak, report.memory.limit)} a device at the peak"))
+        rows.append(("tokens", f"{number_text(report.tokens_per_second)} a second", f"{each} a second and chip"))
+    if report.memory is None:
+        rows.append(("memory", "not known", ""))
     else:
-        rows.append(("memory", "not known"))
+        peak, limit = report.memory.peak, report.memory.limit
+        aside = f"{share_text(peak, limit)} of the {size_text(limit)} of a device" if limit else "a device"
+        rows.append(("memory", size_text(peak), aside))
     return rows
 
 
@@ -146,7 +153,8 @@ def _memory(report: "Report", whole: bool) -> Part:
         size = sizes[kind]
         told = _largest([memory.held[index] for index in by_kind[kind]])
         share = share_text(size, memory.peak)
-        rows.append((KINDS.get(kind, kind), size_text(size), share, Bar(fraction=size / max(memory.peak, 1)), told))
+        bar = Bar(fraction=size / max(memory.peak, 1), shade=SHADES.get(kind, 0.07))
+        rows.append((KINDS.get(kind, kind), size_text(size), share, bar, told))
     kinds = Table(titles=("", "bytes", "share", "", "largest of it"), rows=tuple(rows), right=(1, 2), paths=(4,))
     tables = [kinds] if rows else []
     if whole and rows:
@@ -184,7 +192,9 @@ def _everything_held(held: Sequence[Any], peak: int) -> Table:
 def _collectives(report: "Report", whole: bool) -> Part:
     rows, found = report.collectives, report.traffic
     if not rows:
-        return Part(name="collectives", title="Collectives", lead="none: nothing moves between devices")
+        is_whole = report.origin == "compiled" and report.compiler and not report.unread
+        lead = "none: nothing moves between devices" if is_whole else "none known"
+        return Part(name="collectives", title="Collectives", lead=lead)
     moved = sum(each.bytes for each in found)
     seconds = sum(each.seconds for each in found)
     lead = f"{size_text(moved)} a device and step; {len(rows)} in the program, run {_ran(rows)} times"
@@ -362,7 +372,12 @@ def _flops(report: "Report", whole: bool) -> Part:
     folded = _folded_sums([path for path, _ in flops.by_path], [number for _, number in flops.by_path])
     most = len(folded) if whole else _FEW
     rows = tuple(
-        (name or "elsewhere", flops_text(number), share_text(number, flops.hardware), Bar(fraction=number / flops.hardware))
+        (
+            name or "elsewhere",
+            flops_text(number),
+            share_text(number, flops.hardware),
+            Bar(fraction=number / flops.hardware),
+        )
         for name, number, _ in folded[:most]
     )
     left = folded[most:]
@@ -426,9 +441,7 @@ def _findings(report: "Report", whole: bool) -> Part:
         return Part(name="findings", title="Findings", lead="none")
     counts = collections.Counter(each.severity for each in found)
     names = {"error": "errors", "warning": "warnings", "note": "notes"}
-    lead = ", ".join(
-        f"{counts[each]} {each if counts[each] == 1 else names[each]}" for each in names if counts[each]
-    )
+    lead = ", ".join(f"{counts[each]} {each if counts[each] == 1 else names[each]}" for each in names if counts[each])
     together: dict[Any, list[Finding]] = {}
     for each in found:
         together.setdefault((each.severity, each.kind, "" if not whole else each), []).append(each)

@@ -1,4 +1,4 @@
-"""A report as text of at most 118 columns: a headline, the step as a strip for each lane, and the parts with their tables."""
+"""A report as text of at most 118 columns: a headline, the step as a strip for each lane, parts with tables."""
 
 import textwrap
 import typing
@@ -26,7 +26,7 @@ def text(report: "Report") -> str:
     for line in tables.made(report):
         lines += _wrapped(line, "  ")
     lines.append("")
-    lines += [f"  {what:<9}{figure}" for what, figure in tables.headline(report)]
+    lines += [f"  {what:<9}{', '.join(filter(None, figures))}" for what, *figures in tables.headline(report)]
     if report.timeline is not None:
         lines += strip(report.timeline)
     for part in tables.parts(report):

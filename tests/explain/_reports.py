@@ -9,18 +9,18 @@ MIB = 2**20
 GIB = 2**30
 
 
-def row(kind="all-gather", axes=("fsdp",), bytes=64 * MIB, count=1, **fields):
+def row(kind="all-gather", axes=("fsdp",), size=64 * MIB, count=1, **fields):
     """A collective; its times follow from its size."""
     group = {"fsdp": 256, "tensor": 8, "data": 2}
     share = 1 - 1 / group.get(axes[0], 8)
-    wire = int(bytes * share * (2 if kind == "all-reduce" else 1))
+    wire = int(size * share * (2 if kind == "all-reduce" else 1))
     seconds = fields.pop("seconds", wire / 90e9)
     return Row(
         **{
             "kind": kind,
             "spelling": kind,
             "axes": axes,
-            "bytes": bytes,
+            "bytes": size,
             "wire_bytes": wire,
             "algorithm": "ring over 2 links",
             "count": count,
@@ -67,13 +67,21 @@ def decoder_16b():
         for index, leaf in enumerate(leaves)
     ]
     ends = [
-        row(bytes=262_144_000, path="embed.embedding", source="decoder.py:40", expected="weight, forward pass"),
-        row(bytes=262_144_000, path="head.kernel", source="decoder.py:61", expected="weight, forward pass"),
-        row("reduce-scatter", bytes=262_144_000, path="head.kernel", expected="gradient, backward pass"),
-        row("all-reduce", bytes=8192, path="norm.scale", source="decoder.py:58", expected="gradient, backward pass"),
-        row("all-reduce", bytes=4, source="train.py:33", expected="sum of the loss"),
-        row("all-reduce", bytes=88, source="train.py:41", expected="norm of the gradients"),
-        row("all-gather", bytes=48 * MIB, count=layers, depth=1, source="decoder.py:77", expected="", path="blocks.each.attn"),
+        row(size=262_144_000, path="embed.embedding", source="decoder.py:40", expected="weight, forward pass"),
+        row(size=262_144_000, path="head.kernel", source="decoder.py:61", expected="weight, forward pass"),
+        row("reduce-scatter", size=262_144_000, path="head.kernel", expected="gradient, backward pass"),
+        row("all-reduce", size=8192, path="norm.scale", source="decoder.py:58", expected="gradient, backward pass"),
+        row("all-reduce", size=4, source="train.py:33", expected="sum of the loss"),
+        row("all-reduce", size=88, source="train.py:41", expected="norm of the gradients"),
+        row(
+            "all-gather",
+            size=48 * MIB,
+            count=layers,
+            depth=1,
+            source="decoder.py:77",
+            expected="",
+            path="blocks.each.attn",
+        ),
     ]
     total, exposed = 10.1, 1.25
     compute = total - exposed
@@ -94,7 +102,10 @@ def decoder_16b():
             model=3.11e17,
             model_causal=2.98e17,
             hardware=4.02e17,
-            by_path=tuple((f"blocks.each.{leaf}", 8.2e16 - 1e15 * i) for i, leaf in enumerate(("mlp.up", "mlp.down", "attn.q", "attn.o")))
+            by_path=tuple(
+                (f"blocks.each.{leaf}", 8.2e16 - 1e15 * i)
+                for i, leaf in enumerate(("mlp.up", "mlp.down", "attn.q", "attn.o"))
+            )
             + (("head", 5.9e16), ("embed", 2.1e16)),
             by_dtype=(("bf16", 4.0e17), ("f32", 2e15)),
         ),
@@ -108,8 +119,12 @@ def decoder_16b():
             high=11.2,
             events=tuple(events_16b(total)),
             ops=(
-                OpTime(computation="body", name="fusion.1", seconds=0.07, count=96, flops=1e12, bytes=1e8, origin="cycles"),
-                OpTime(computation="body", name="custom.1", seconds=0.04, count=48, flops=1e12, bytes=1e8, origin="kernel"),
+                OpTime(
+                    computation="body", name="fusion.1", seconds=0.07, count=96, flops=1e12, bytes=1e8, origin="cycles"
+                ),
+                OpTime(
+                    computation="body", name="custom.1", seconds=0.04, count=48, flops=1e12, bytes=1e8, origin="kernel"
+                ),
             ),
             exposed={("body", "all-gather.f0"): 0.31},
             transfers={("body", "all-gather.f0"): (7.4e-4, 66_846_720, "ring over 2 links")},
@@ -120,7 +135,7 @@ def decoder_16b():
             Finding(
                 kind="gathered-whole",
                 severity="warning",
-                reason="an activation of 48.0 MiB is gathered over fsdp in each of 48 layers, and no annotation asked for it.",
+                reason="an activation of 48.0 MiB is gathered over fsdp in each of 48 layers.",
                 place="blocks.each.attn, decoder.py:77",
                 remedy='Constrain it where it is made: jp.constrain(x, "batch", "seq", "heads").',
                 seconds=0.026,
@@ -138,7 +153,13 @@ def decoder_16b():
 
 def memory_16b():
     held = [
-        Held(kind="activation", path="blocks.each", bytes=4_831_838_208, shape="bf16[48,6,2048,4096]", source="decoder.py:101"),
+        Held(
+            kind="activation",
+            path="blocks.each",
+            bytes=4_831_838_208,
+            shape="bf16[48,6,2048,4096]",
+            source="decoder.py:101",
+        ),
         Held(kind="temporary", path="blocks.each.attn", bytes=1_610_612_736, shape="bf16[6,2048,64,128]"),
         Held(kind="temporary", path="blocks.each.attn.q.kernel", bytes=268_435_456, shape="bf16[4096,64,128]"),
         Held(kind="gradient", path="blocks.each.attn.q.kernel", bytes=1_510_612_736, shape="f32[48,4096,32]"),
@@ -151,7 +172,10 @@ def memory_16b():
     ]
     peak = 9_280_236_544
     held.append(Held(kind="unattributed", path="", bytes=peak - sum(each.bytes for each in held)))
-    curve = [(at, 800_000_000 + int(8.4e9 * min(at, 100) / 100 * (1 if at < 100 else max(0, 1 - (at - 100) / 130)))) for at in range(0, 231, 3)]
+    curve = [
+        (at, 800_000_000 + int(8.4e9 * min(at, 100) / 100 * (1 if at < 100 else max(0, 1 - (at - 100) / 130))))
+        for at in range(0, 231, 3)
+    ]
     return Memory(
         peak=peak,
         limit=16_909_336_576,
@@ -207,21 +231,62 @@ def llama_70b():
         for leaf, size in leaves:
             at = {"path": f"blocks.{layer}.{leaf}", "source": "models/gpt/model.py:88"}
             for when in ("forward pass", "backward pass, which computes the block again"):
-                rows.append(row(bytes=size, expected=f"weight, {when}", name=f"ag.{len(rows)}", **at))
+                rows.append(row(size=size, expected=f"weight, {when}", name=f"ag.{len(rows)}", **at))
             scatter = {"expected": "gradient, backward pass", "name": f"rs.{len(rows)}", **at}
-            rows.append(row("reduce-scatter", bytes=size, **scatter))
-            rows.append(row("all-reduce", ("data",), size // 64, expected="gradient, after the backward pass", name=f"ar.{len(rows)}", **at))
+            rows.append(row("reduce-scatter", size=size, **scatter))
+            rows.append(
+                row(
+                    "all-reduce",
+                    ("data",),
+                    size // 64,
+                    expected="gradient, after the backward pass",
+                    name=f"ar.{len(rows)}",
+                    **at,
+                )
+            )
         for leaf in ("attn.o", "mlp.down"):
             at = {"path": f"blocks.{layer}.{leaf}", "source": "models/gpt/model.py:91", "name": f"tp.{len(rows)}"}
             rows.append(row("reduce-scatter", ("tensor",), 256 * MIB, expected="activation, forward pass", **at))
-    rows.append(row("collective-permute", ("data", "fsdp"), 3 * MIB, None, expected="", path="blocks.3.attn", name="cp.1"))
+    rows.append(
+        row("collective-permute", ("data", "fsdp"), 3 * MIB, None, expected="", path="blocks.3.attn", name="cp.1")
+    )
     rows.append(row("all-reduce", ("data", "fsdp"), 4, expected="sum of the loss", name="ar.loss"))
     events, at = [], 0.0
     for layer in [*range(80), *reversed(range(80))]:
         for leaf, seconds in (("attn", 0.011), ("mlp", 0.022)):
-            events.append(Event(lane="fsdp", start=at, seconds=seconds * 0.8, count=1, name="all-gather", path=f"blocks.{layer}.{leaf}", depth=0))
-            events.append(Event(lane="compute", start=at + seconds * 0.1, seconds=seconds * 0.9, count=1, name="matmul", path=f"blocks.{layer}.{leaf}", depth=0))
-            events.append(Event(lane="tensor", start=at + seconds * 0.9, seconds=seconds * 0.1, count=1, name="reduce-scatter", path=f"blocks.{layer}.{leaf}", depth=0))
+            events.append(
+                Event(
+                    lane="fsdp",
+                    start=at,
+                    seconds=seconds * 0.8,
+                    count=1,
+                    name="all-gather",
+                    path=f"blocks.{layer}.{leaf}",
+                    depth=0,
+                )
+            )
+            events.append(
+                Event(
+                    lane="compute",
+                    start=at + seconds * 0.1,
+                    seconds=seconds * 0.9,
+                    count=1,
+                    name="matmul",
+                    path=f"blocks.{layer}.{leaf}",
+                    depth=0,
+                )
+            )
+            events.append(
+                Event(
+                    lane="tensor",
+                    start=at + seconds * 0.9,
+                    seconds=seconds * 0.1,
+                    count=1,
+                    name="reduce-scatter",
+                    path=f"blocks.{layer}.{leaf}",
+                    depth=0,
+                )
+            )
             at += seconds
     events.append(Event(lane="data", start=at, seconds=0.2, count=1, name="all-reduce", path="", depth=0))
     total = at + 0.2
@@ -232,10 +297,15 @@ def llama_70b():
         for layer in range(80)
         for leaf, size in leaves
     ]
-    held += [Held(kind="activation", path=f"blocks.{layer}", bytes=640 * MIB, shape="bf16[1,8192,8192]") for layer in range(80)]
+    held += [
+        Held(kind="activation", path=f"blocks.{layer}", bytes=640 * MIB, shape="bf16[1,8192,8192]")
+        for layer in range(80)
+    ]
     held.append(Held(kind="unattributed", path="", bytes=-12 * MIB))
     peak = sum(each.bytes for each in held)
-    by_path = [(f"blocks.{layer}.{leaf.rpartition('.')[0]}", size * 6.9e7) for layer in range(80) for leaf, size in leaves]
+    by_path = [
+        (f"blocks.{layer}.{leaf.rpartition('.')[0]}", size * 6.9e7) for layer in range(80) for leaf, size in leaves
+    ]
     hardware = sum(number for _, number in by_path)
     return Report(
         name="models.gpt:llama_70b",
@@ -244,7 +314,11 @@ def llama_70b():
         axes={"data": 2, "fsdp": 128, "tensor": 8},
         num_devices=2048,
         compiler="XLA:TPU, jax 0.10.2, libtpu 0.0.42",
-        strategies=("DP()", "FSDP(blocks='blocks.*')", "TP(column=['*.q', '*.k', '*.v', '*.gate', '*.up'], row=['*.o', '*.down'])"),
+        strategies=(
+            "DP()",
+            "FSDP(blocks='blocks.*')",
+            "TP(column=['*.q', '*.k', '*.v', '*.gate', '*.up'], row=['*.o', '*.down'])",
+        ),
         num_tokens=4_194_304 * 2,
         peak_flops=459e12,
         memory=Memory(
@@ -298,7 +372,16 @@ def on_a_cpu():
     """What a CPU gives: traffic, memory and FLOPs, no times."""
     full = decoder_16b()
     rows = tuple(
-        row(each.kind, each.axes, each.bytes, each.count, path=each.path, source=each.source, name=each.name, seconds=0.0)
+        row(
+            each.kind,
+            each.axes,
+            each.bytes,
+            each.count,
+            path=each.path,
+            source=each.source,
+            name=each.name,
+            seconds=0.0,
+        )
         for each in full.collectives
     )
     return Report(
