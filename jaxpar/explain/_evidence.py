@@ -117,7 +117,9 @@ class Evidence:
             ops = ((self.flow.program.op((each.computation, each.name)), each) for each in self.timeline.ops)
             return tuple((op, each.flops * each.count) for op, each in ops if op is not None and each.flops)
         places = ((self.flow.program.op(place), count) for place, count in self.counts.items())
-        return tuple((op, 2.0 * _products(self.flow, op) * n) for op, n in places if op is not None and op.opcode == "dot")
+        return tuple(
+            (op, 2.0 * _products(self.flow, op) * n) for op, n in places if op is not None and op.opcode == "dot"
+        )
 
     # Arguments.
 
@@ -153,7 +155,10 @@ class Evidence:
     def varying(self) -> Varying:
         """Over which axes each value differs."""
         mesh = self.compiled.axes
-        batch = {number: BATCH for number, each in self.arguments.items() if each.kind == "batch"}
+        named = [number for number, each in self.arguments.items() if each.kind == "batch"]
+        batch = dict.fromkeys(
+            named or self.arguments, BATCH
+        )  # a function without a batch: all it computes is activation
         everywhere = bits_of(mesh, mesh.names)
         bits = {
             number: self.argument_axes.get(number, everywhere) | batch.get(number, 0) for number in self.flow.arguments
@@ -255,6 +260,16 @@ _SCOPES = frozenset({"while", "body", "cond", "closed_call", "checkpoint", "rema
 def severity(share: float) -> Severity:
     """What a share of the step deserves."""
     return "warning" if share >= HEAVY else "note"
+
+
+def a(noun: str) -> str:
+    """`a gather`, `an all-gather`."""
+    return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
+
+
+def are(number: int) -> str:
+    """`is` or `are`."""
+    return "is" if number == 1 else "are"
 
 
 def counted(number: int, noun: str) -> str:

@@ -2,8 +2,7 @@
 
 from collections.abc import Iterator
 
-from ._evidence import Evidence, named, shape_of
-from ._evidence import walk
+from ._evidence import Evidence, a, named, shape_of, walk
 from ._finding import Finding
 from ._varying import bits_of
 
@@ -18,7 +17,9 @@ def collectives_in_branches(seen: Evidence) -> Iterator[Finding]:
             continue
         bits = branches.get(transfer.op.computation, 0)
         is_permute = first.kind == "collective-permute"
-        blocking = bits if is_permute else bits & bits_of(seen.compiled.axes, [axis.partition("[")[0] for axis in first.axes])
+        blocking = (
+            bits if is_permute else bits & bits_of(seen.compiled.axes, [axis.partition("[")[0] for axis in first.axes])
+        )
         kind = "permute-in-branch" if is_permute else "collective-in-branch"
         if not blocking or (kind, first.source or first.name) in done:
             continue
@@ -33,9 +34,9 @@ def collectives_in_branches(seen: Evidence) -> Iterator[Finding]:
             kind=kind,
             severity="error",
             reason=(
-                f"A {first.kind} over {named(first.axes)} ({shape_of(transfer)}) is in a branch that is taken on some "
-                f"devices and not on others along {differs}. {why}, so those that do not take the branch are waited for "
-                "without end."
+                f"{a(first.kind).capitalize()} over {named(first.axes)} ({shape_of(transfer)}) is in a branch that some "
+                f"devices along {differs} take and others do not. {why}, so the ones that do not are waited for without "
+                "end."
             ),
             place=seen.place(transfer),
             remedy=(

@@ -18,8 +18,8 @@ def unused_axes(seen: Evidence) -> Iterator[Finding]:
             kind="unused-axis",
             severity="warning",
             reason=(
-                f"Axis '{axis}' of size {size} splits no argument, and no collective crosses it: all {size} devices along "
-                f"it compute the same, and {1 - 1 / size:.0%} of the machine adds nothing."
+                f"Axis '{axis}' of size {size} splits no argument, and no collective crosses it: all {size} devices "
+                f"along it compute the same, and {1 - 1 / size:.0%} of the machine adds nothing."
             ),
             place="",
             remedy=(
@@ -53,9 +53,9 @@ def replicated(seen: Evidence) -> Iterator[Finding]:
                 kind="replicated",
                 severity="warning" if not limit or saved >= HEAVY * limit else "note",
                 reason=(
-                    f"{alike[number].path} is whole on every device, {amount(size)}, {size / total:.0%} of all that the "
-                    f"step is given, while {named(axes)} split{'' if len(axes) > 1 else 's'} others of its kind and could "
-                    f"split it into {ways}: {amount(saved)} less on each device."
+                    f"{alike[number].path} is whole on every device, {amount(size)}, {size / total:.0%} of all that "
+                    f"the step is given. Others of its kind are split over {named(axes)}, which could split it into "
+                    f"{ways}: {amount(saved)} less on each device."
                 ),
                 place=alike[number].path,
                 remedy=_split(alike[number].path, kind, axes),
@@ -92,8 +92,8 @@ def repeated(seen: Evidence) -> Iterator[Finding]:
             kind="repeated-compute",
             severity=severity(wasted / 2),  # half a product of the step, at the least
             reason=(
-                f"{share:.0%} of the step's FLOPs are done alike on all {size} devices along '{axis}': nothing that goes "
-                f"into these matmuls is split over it. The largest gives {worst.shapes[0] if worst.shapes else 'a tuple'}."
+                f"{share:.0%} of the step's FLOPs are done alike on all {size} devices along '{axis}': nothing that "
+                f"goes into these matmuls is split over it. The largest gives {', '.join(map(str, worst.shapes))}."
             ),
             place=at(path_of(op_name), source),
             remedy=(
@@ -126,8 +126,8 @@ def _split(path: str, kind: str, axes: tuple[str, ...]) -> str:
     if kind == "optimizer":
         return f'jp.ZeRO(1, axis="{axes[0]}") splits optimiser state over {named(axes[:1])}.'
     return (
-        f"Give {path} a rule: jp.TP(vocab=[...]) for an embedding or an output matrix, column= or row= for any other; or "
-        f"let jp.FSDP take it, whose whole= and min_bytes leave some as they are."
+        f"Give {path} a rule: jp.TP(vocab=[...]) for an embedding or an output matrix, column= or row= for any other; "
+        "or let jp.FSDP take it, whose whole= and min_bytes leave some as they are."
     )
 
 

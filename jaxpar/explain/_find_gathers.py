@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 from .._hlo._text import Op
 from .._hlo._values import depends_on_device, slices_kept
-from ._evidence import HEAVY, SLIGHT, Evidence, Transfer, amount, at, counted, named, severity, shape_of, share_of
+from ._evidence import SLIGHT, Evidence, Transfer, a, amount, at, counted, named, path_of, severity, shape_of, share_of
 from ._finding import Finding
 from ._flow import Value, reshaped
 from ._varying import BATCH, bits_of
@@ -53,6 +53,7 @@ def gathered_whole(seen: Evidence) -> Iterator[Finding]:
 
 def rematerialised(seen: Evidence) -> Iterator[Finding]:
     """Arrays gathered whole only to be cut again: two shardings between which the partitioner knows no other way."""
+    places = []
     for transfer in seen.transfers:
         if transfer.first.kind != "all-gather" or seen.share([transfer]) < SLIGHT:
             continue
@@ -64,6 +65,7 @@ def rematerialised(seen: Evidence) -> Iterator[Finding]:
         ]
         if not cuts or not all(_takes_own_part(seen, cut) for cut in cuts):
             continue
+        places.append(transfer.first.source)
         yield Finding(
             kind="full-rematerialisation",
             severity=severity(seen.share([transfer])),
@@ -77,10 +79,12 @@ def rematerialised(seen: Evidence) -> Iterator[Finding]:
             seconds=seen.seconds(transfer),
             bytes=transfer.bytes,
         )
-    for place, reason in dict(filter(None, map(_logged, seen.compiled.log))).items():
-        yield Finding(
-            kind="full-rematerialisation", severity="warning", reason=reason, place=place, remedy=_REMATERIALISED
-        )
+    complaints = [line for line in seen.compiled.log if "nvoluntary full rematerialization" in line]
+    for place, reason in {_where(seen, line): _complaint(line) for line in complaints}.items():
+        if not any(place.endswith(each) for each in places if each):  # not what the program shows already
+            yield Finding(
+                kind="full-rematerialisation", severity="warning", reason=reason, place=place, remedy=_REMATERIALISED
+            )
 
 
 def activations_gathered(seen: Evidence) -> Iterator[Finding]:
@@ -107,10 +111,10 @@ def activations_gathered(seen: Evidence) -> Iterator[Finding]:
         kind="activation-gathered",
         severity=severity(seen.share(found)),
         reason=(
-            f"Activations are gathered over {axes}, which splits the batch, by {counted(len(found), 'collective')} that "
-            f"no annotation asks for: {amount(sum(each.total_bytes for each in found))} a step and device "
-            f"({seen.share(found):.0%} of {share_of(seen, found)}), the largest {shape_of(worst)}. The compiler took the "
-            "activation for the smaller thing to move."
+            f"Activations are gathered over {axes}, which splits the batch, by {counted(len(found), 'collective')} "
+            f"that no annotation asks for: {amount(sum(each.total_bytes for each in found))} a step and device "
+            f"({seen.share(found):.0%} of {share_of(seen, found)}), the largest {shape_of(worst)}. The compiler took "
+            "the activation for the smaller thing to move."
         ),
         place=seen.place(worst),
         remedy=(
@@ -135,11 +139,11 @@ def resharded(seen: Evidence) -> Iterator[Finding]:
             continue
         yield Finding(
             kind="reshard",
-            severity=severity(share),
+            severity=severity(share) if row is not None and row.expected == "" else "note",
             reason=(
-                f"A {first.kind} of {shape_of(transfer)} over {named(first.axes)}, {counted(transfer.count, 'time')} a "
-                f"step, lays an activation out anew where no annotation asks for it: {share:.0%} of "
-                f"{share_of(seen, [transfer])}."
+                f"{a(first.kind).capitalize()} of {shape_of(transfer)} over {named(first.axes)}, "
+                f"{counted(transfer.count, 'time')} a step, lays an activation out anew, and neither the plan nor an "
+                f"annotation is seen to ask for it: {share:.0%} of {share_of(seen, [transfer])}."
             ),
             place=seen.place(transfer),
             remedy=(
@@ -154,25 +158,36 @@ def resharded(seen: Evidence) -> Iterator[Finding]:
 
 _REMATERIALISED = (
     "Let the array change in two steps that each move one axis, by a constraint between them, or keep one sharding "
-    "across this line: jax.lax.with_sharding_constraint(x, ...) right before it, or jp.constrain with the dims named as "
-    "they are after it."
+    "across this line: jax.lax.with_sharding_constraint(x, ...) right before it, or jp.constrain with the dims named "
+    "as they are after it."
 )
-_ASKED = frozenset({"sharding_constraint", "shard_map", "all_gather", "all_to_all", "ppermute", "reshard", "device_put"})
+_ASKED = frozenset(
+    {"sharding_constraint", "shard_map", "all_gather", "all_to_all", "ppermute", "reshard", "device_put"}
+)
 
 
-def _logged(line: str) -> tuple[str, str] | None:
-    """Place and reason of XLA's own complaint; it is made while compiling, and the program does not keep it."""
-    if "nvoluntary full rematerialization" not in line:
-        return None
-    way = re.search(r"from sharding (\{.*?\}) to (\{.*?\})(?=[ .,]|$)", line)
-    array, op_name = re.search(r"= (\w+\[[\d,]*\])", line), re.search(r'op_name="([^"]*)"', line)
-    file, number = re.search(r'source_file="([^"]*)"', line), re.search(r"source_line=(\d+)", line)
+def _complaint(line: str) -> str:
+    """What XLA says while it partitions; the program that comes of it does not keep that."""
+    way = re.search(r"from sharding (\{.*?\}) to (\{.*?\}) efficiently", line)
+    array = re.search(r"= (\w+\[[\d,]*\])", line)
     said = f" from {way.group(1)} to {way.group(2)}" if way else ""
-    place = at(op_name.group(1) if op_name else "", f"{file.group(1)}:{number.group(1)}" if file and number else "")
-    return place, (
+    return (
         f"The compiler says that it takes {array.group(1) if array else 'an array'}{said} only by making it whole on "
         "every device."
     )
+
+
+def _where(seen: Evidence, line: str) -> str:
+    """The place that a complaint names: by itself, or as the program knows the operation of that name."""
+    name = re.search(r'op_name="([^"]*)"', line)
+    file, number = re.search(r'source_file="([^"]*)"', line), re.search(r"source_line=(\d+)", line)
+    if file and number:
+        return at(path_of(name.group(1)) if name else "", f"{file.group(1)}:{number.group(1)}")
+    if name is None:
+        return ""
+    alike = (op for op in seen.flow.by_name.values() if f'op_name="{name.group(1)}"' in op.attributes)
+    source = next((found for op in alike if (found := seen.module.origin(op)[1])), "")
+    return at(path_of(name.group(1)), source or name.group(1))
 
 
 def _done(seen: Evidence, op: Op) -> Op:

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from .._hlo._text import Op
 from .._hlo._values import trip_count
-from ._evidence import SLIGHT, Evidence, Transfer, amount, counted, named, severity, share_of
+from ._evidence import SLIGHT, Evidence, Transfer, amount, are, counted, named, severity, share_of
 from ._finding import Finding
 from ._flow import Trail, Value, reshaped
 
@@ -31,15 +31,15 @@ def reductions_in_loops(seen: Evidence) -> Iterator[Finding]:
             kind="reduction-in-loop",
             severity=severity(share),
             reason=(
-                f"{counted(len(tensors), 'sum')} over {named(axes)} {'is' if len(tensors) == 1 else 'are'} taken in each of "
-                f"{trips} rounds of a loop that only adds them up: {amount(moved)} a step and device, where "
-                f"{amount(moved / trips)} after the loop would do. That is {share:.0%} of {share_of(seen, found)}."
+                f"{counted(len(tensors), 'sum')} over {named(axes)} {are(len(tensors))} taken in each of {trips} rounds "
+                f"of a loop that only adds them up: {amount(moved)} a step and device, where {amount(moved / trips)} "
+                f"after the loop would do. That is {share:.0%} of {share_of(seen, found)}."
             ),
             place=seen.place(max(found, key=lambda each: each.total_bytes)),
             remedy=(
-                f"Accumulate with jp.value_and_grad(loss, accumulate={trips}) in a step of plan.jit, which reduces over "
-                f"{named(axes)} once a step; in a loop of your own, let each replica keep its sum (jax.shard_map around "
-                "the loop, or a leading replica dim) and reduce it after the loop."
+                f"Accumulate with jp.value_and_grad(loss, accumulate={trips}) in a step of plan.jit, which reduces "
+                f"over {named(axes)} once a step; in a loop of your own, let each replica keep its sum (jax.shard_map "
+                "around the loop, or a leading replica dim) and reduce it after the loop."
             ),
             seconds=sum(map(seen.seconds, found)) * (1 - 1 / trips),
         )
@@ -72,7 +72,14 @@ def _linear(seen: Evidence):  # noqa: ANN202
             return index < 2
         if op.opcode == "divide":
             return index == 0
-        return reshaped(op, index) or op.opcode in ("negate", "multiply", "slice", "dynamic-slice", "pad", "concatenate")
+        return reshaped(op, index) or op.opcode in (
+            "negate",
+            "multiply",
+            "slice",
+            "dynamic-slice",
+            "pad",
+            "concatenate",
+        )
 
     return through
 

@@ -4,7 +4,7 @@ import functools as ft
 import operator as op
 from collections.abc import Iterator
 
-from ._evidence import Evidence, amount, at, counted
+from ._evidence import Evidence, amount, are, at, counted
 from ._finding import Finding
 from ._memory import Held
 
@@ -46,14 +46,14 @@ def not_donated(seen: Evidence) -> Iterator[Finding]:
         kind="not-donated",
         severity="warning" if not limit or wasted >= _WASTED * limit else "note",
         reason=(
-            f"{counted(len(both), 'argument')} of {amount(wasted)} on each device {'are' if len(both) > 1 else 'is'} updated "
-            f"and not donated, so the old value and the new are held at once. The largest is {largest.path}, "
+            f"{counted(len(both), 'argument')} of {amount(wasted)} on each device {are(len(both))} updated and not "
+            f"donated, so the old value and the new are held at once. The largest is {largest.path}, "
             f"{amount(largest.bytes)}."
         ),
         place=largest.path,
         remedy=(
-            f"jax.jit(step, donate_argnames=({', '.join(map(repr, names))},)), or plan.jit, which donates what a step "
-            "changes. The old arrays cannot be used after the call."
+            f"jax.jit(step, donate_argnames=({', '.join(map(repr, names))},)); plan.jit donates the modules that a "
+            "step changes, and pytrees by plan.jit(donate_argnums=(0,)). The old arrays cannot be used after the call."
         ),
         bytes=wasted,
     )
@@ -64,7 +64,9 @@ _WASTED = 0.05
 
 
 def _named(held: Held) -> str:
-    kind = {"optimizer": "optimiser state", "activation": "what is saved for the backward pass"}.get(held.kind, held.kind)
+    kind = {"optimizer": "optimiser state", "activation": "what is saved for the backward pass"}.get(
+        held.kind, held.kind
+    )
     where = f" {held.path}" if held.path else ""
     return f"{kind}{where}{f' {held.shape}' if held.shape else ''}"
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from ._evidence import Evidence, counted
+from ._evidence import Evidence
 from ._finding import Finding
 
 
@@ -34,8 +34,8 @@ def weakly_typed(seen: Evidence) -> Iterator[Finding]:
         kind="weak-type",
         severity="note",
         reason=(
-            f"{counted(len(weak), 'leaf') if len(weak) == 1 else f'{len(weak)} leaves'} of the state {'are' if len(weak) > 1 else 'is'} "
-            f"weakly typed, as Python numbers are: {names}. A step that returns a strong type there is compiled twice."
+            f"State that is weakly typed, as Python numbers are: {names}. A step that returns a strong type there is "
+            "compiled twice."
         ),
         place=weak[0].path,
         remedy="Give the initial value a dtype: jnp.asarray(x, jnp.float32), jnp.zeros((), jnp.float32).",

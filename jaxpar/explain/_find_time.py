@@ -5,8 +5,7 @@ import re
 from collections.abc import Iterator
 
 from .._hlo._text import Op
-from ._evidence import SLIGHT, Evidence, Transfer, amount, counted, duration, named, severity
-from ._evidence import walk
+from ._evidence import SLIGHT, Evidence, Transfer, amount, counted, duration, named, severity, walk
 from ._finding import Finding
 
 
@@ -34,8 +33,8 @@ def exposed(seen: Evidence) -> Iterator[Finding]:
             kind="exposed-communication",
             severity="warning" if share >= _EXPOSED_WARNING else "note",
             reason=(
-                f"For {duration(seconds)} of a step of {duration(timeline.step_seconds)}, {share:.0%}, devices wait for "
-                f"{named(axes)}; {duration(longest)} of that for the {worst.first.kind} that runs "
+                f"For {duration(seconds)} of a step of {duration(timeline.step_seconds)}, {share:.0%}, devices wait "
+                f"for {named(axes)}; {duration(longest)} of that for the {worst.first.kind} that runs "
                 f"{counted(worst.count, 'time')} with {amount(worst.bytes)}."
             ),
             place=seen.place(worst),
@@ -132,13 +131,17 @@ def _hide(seen: Evidence, axes: tuple[str, ...], worst: Transfer) -> str:
     first = worst.first
     fewer = f"a smaller axis than {named(axes)} = {size}"
     if "pipe" in axes:
-        return "Use more microbatches, jp.PP(microbatches=...), so that a permute hides behind the computation of others."
+        return (
+            "Use more microbatches, jp.PP(microbatches=...), so that a permute hides behind the computation of others."
+        )
     if first.kind == "all-reduce" and first.depth == 0:
         return (
             'Reduce in bfloat16, jp.DP(reduce_dtype="bfloat16"), or less often, jp.value_and_grad(loss, accumulate=k) '
             f"with k times the batch; or {fewer}."
         )
-    if first.kind in ("all-gather", "reduce-scatter") and worst.op.name in seen.pieces or first.kind == "reduce-scatter":
+    if (
+        first.kind in ("all-gather", "reduce-scatter") and worst.op.name in seen.pieces
+    ) or first.kind == "reduce-scatter":
         return (
             "More tokens a device, so that a layer computes longer than its weights travel (a larger batch, or fewer "
             f"devices on {named(axes)} and the rest on another axis); or gather in bfloat16, "
@@ -158,4 +161,3 @@ def _windowed(seen: Evidence) -> dict[str, list[Op]]:
             if caller.opcode == "while" and any("windowed_dot_general" in name for name in caller.names("body")):
                 found.setdefault(caller.name, {})[visit.op.name] = visit.op
     return {name: list(ops.values()) for name, ops in found.items()}
-

@@ -12,7 +12,7 @@ from . import _find_branches, _find_copies, _find_gathers, _find_loops, _find_me
 from ._collectives import Row
 from ._compiled import Compiled
 from ._evidence import Evidence
-from ._finding import Finding as Finding, Severity as Severity
+from ._finding import Finding
 from ._memory import Memory
 from ._timeline import Timeline
 

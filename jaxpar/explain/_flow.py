@@ -1,4 +1,4 @@
-"""Where a value of a compiled program goes: through tuples, fusions, calls, branches and loops, to what computes with it.
+"""Where a value of a compiled program goes: through tuples, fusions, calls and loops, to what computes with it.
 
 A *value* is one array: an operation and, where that gives a tuple, which part. Whatever only hands a value on is looked
 through: copies, the boundaries of fusions, calls and branches, and loops, whose body hands its results to its own next
@@ -47,7 +47,7 @@ RESHAPED = frozenset({"convert", "reshape", "transpose", "bitcast-convert", "red
 """Operations after which a value is the same array in another dtype or layout."""
 
 
-def reshaped(op: Op, index: int) -> bool:
+def reshaped(op: Op, _: int) -> bool:
     """Follow an array into other dtypes and layouts."""
     return op.opcode in RESHAPED
 
@@ -158,7 +158,7 @@ class Flow:
                 found.append(Value(name, op.name, part))
         return found
 
-    @ft.lru_cache(maxsize=None)  # noqa: B019  one Flow lives as long as its report is made
+    @ft.cache  # noqa: B019  one Flow lives as long as its report is made
     def _numbered(self, computation: str) -> dict[int, Op]:
         made = self.program.computations.get(computation)
         ops = () if made is None else made.ops.values()

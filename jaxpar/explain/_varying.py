@@ -2,9 +2,9 @@
 
 A partitioned program is one text for all devices, so what a value *is* depends on where: on the piece of an argument
 that lies there, and on the device's own number. From those two it spreads to whatever is computed of them; an
-all-reduce or all-gather ends it for its axes. What does not differ along an axis is held, or computed, once more on each
-device along it. Where the text does not say how an argument is split it is taken to differ everywhere, so that nothing
-is called a copy that may not be one.
+all-reduce or all-gather ends it for its axes. What does not differ along an axis is held, or computed, once more on
+each device along it. Where the text does not say how an argument is split it is taken to differ everywhere, so that
+nothing is called a copy that may not be one.
 
 Values are sets of bits: one for each axis in mesh order, and `BATCH`, which marks what comes of the batch.
 """
@@ -148,7 +148,7 @@ class Varying:
 
 
 def bits_of(mesh: MeshAxes, axes: Sequence[str]) -> int:
-    """The bits of axes; those of size 1 have none, for nothing differs along them, and part of an axis is not the axis."""
+    """The bits of axes. One of size 1 has none, for nothing differs along it, nor has part of an axis, `fsdp[2/4]`."""
     sizes = dict(zip(mesh.names, mesh.sizes, strict=True))
     return sum(1 << place for place, name in enumerate(mesh.names) if name in axes and sizes[name] > 1)
 
