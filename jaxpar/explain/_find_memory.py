@@ -34,7 +34,8 @@ def over_limit(seen: Evidence) -> Iterator[Finding]:
 def not_donated(seen: Evidence) -> Iterator[Finding]:
     """State whose next value does not reuse its memory, so that both are held."""
     aliased = set(seen.aliases.values())
-    both = [seen.arguments[argument] for argument in seen.updated.values() if argument not in aliased]
+    updated = [seen.arguments[argument] for argument in seen.updated.values() if argument not in aliased]
+    both = [each for each in updated if each.kind in _STATE or (each.kind == "other" and not seen.compiled.arguments)]
     wasted = sum(each.bytes for each in both)
     total = sum(each.bytes for each in seen.arguments.values())
     if not both or wasted < _WASTED * total:
@@ -61,6 +62,7 @@ def not_donated(seen: Evidence) -> Iterator[Finding]:
 
 _NEAR = 0.94  # of the limit: what XLA's own fragmentation has been seen to take
 _WASTED = 0.05
+_STATE = ("parameter", "optimizer", "model_state", "rng")
 
 
 def _named(held: Held) -> str:
