@@ -70,6 +70,7 @@ class StepFunction:
         plan: The plan it keeps to.
         function: What it was made from.
         num_compilations: How often it was compiled; 1 after the first call, if nothing changes.
+        recompilations: For each compilation after the first, what had changed since the call before, a line each.
         notes: What the plan did in the step compiled last that a reader should know, such as the form of accumulation.
     """
 
@@ -97,6 +98,7 @@ class StepFunction:
         self._matches: dict[tuple[Place, tuple[int, ...]], Match | None] = {}
         self._compiled: dict[Any, _Compiled] = {}
         self._last: tuple[Any, list[Place]] | None = None
+        self.recompilations: list[list[str]] = []
         self._glance: tuple[_calls.Glance, _Compiled] | None = None
         self.__name__ = getattr(function, "__name__", "step")
         self.__doc__ = function.__doc__
@@ -152,9 +154,13 @@ class StepFunction:
 
     def _guard(self, key: Any, places: list[Place]) -> None:
         """Say what makes this call need another compilation than the last."""
-        if self._last is None or self._on_recompile == "allow":
+        if self._last is None:
             return
         changes = _differences(self._last, (key, places))
+        if self._on_recompile != "error":
+            self.recompilations.append(changes)
+        if self._on_recompile == "allow":
+            return
         message = f"{self.__name__} is compiled again, now {len(self._compiled) + 1} times, because\n{listed(changes)}"
         if self._on_recompile == "error":
             raise StepError(
