@@ -274,6 +274,11 @@ def slice_of(device: Any) -> int:
     return 0 if device.platform == "cpu" else getattr(device, "slice_index", None) or 0
 
 
+def compiler_facts(chip: str) -> dict[str, Any]:
+    """What XLA's description of a GPU needs beside the figures of `Chip`; empty where it is not known."""
+    return _data().get(chip, {}).get("xla", {})
+
+
 def counted(number: int, noun: str) -> str:
     """`"1 host"`, `"2 hosts"`."""
     return f"{number} {noun}" + ("" if number == 1 else "s")
