@@ -19,7 +19,7 @@ from jax.sharding import AxisType, Mesh
 from .. import _hlo, _mesh
 from ._compiled import MemoryStats
 from ._export import Exported, call, read, without_call
-from ._target import needed_bytes, topology
+from ._target import refused_bytes, topology
 
 
 def main(step: str, directory: str) -> None:
@@ -44,7 +44,7 @@ def compile_step(exported: Exported) -> tuple[dict[str, Any], str]:
         result["memory"] = _memory(compiled.memory_analysis())
         text = without_call(compiled.as_text() or "", exported.name)
     except Exception as error:  # whatever a compiler says is for the parent to tell
-        needed = needed_bytes(str(error))
+        needed = refused_bytes(str(error), sum(each.bytes for each in exported.arguments))
         result |= {"refusal": str(error), "needed": needed} if needed else {"error": f"{type(error).__name__}: {error}"}
         text = ""
     result["seconds"] = time.perf_counter() - start

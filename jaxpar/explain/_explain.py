@@ -16,15 +16,14 @@ from .. import _hardware, _hlo, _mesh
 from .._errors import StepError
 from .._hlo import MeshAxes
 from .._types import AnyMesh
-from . import _export, _target
+from . import _collectives, _export, _findings, _flops, _memory, _target, _timeline
 from ._child import compile_elsewhere
 from ._compiled import Compiled
 from ._compiler import compiler, memory_stats
 from ._flops import Flops
-from ._memory import Memory
+from ._memory import Held, Memory
 from ._report import Report
 from ._subject import Subject, subject
-from ._timeline import Timeline
 
 T = TypeVar("T")
 
@@ -37,7 +36,7 @@ def explain(
     cache: str | os.PathLike[str] | None = None,
     **kwargs: Any,
 ) -> Report:
-    """What a step costs: memory of a device, every collective with its source line, FLOPs, a timeline, and what is wrong.
+    """What a step costs: memory, every collective with its source line, FLOPs, a timeline; and what is wrong with it.
 
     Compiles the step and runs nothing. For hardware that is not here, the real compiler runs in another process, which
     an interrupt ends at once; its programs are kept, so that the same step is compiled once.
@@ -174,12 +173,6 @@ def assemble(
         notes: What a reader should know.
         unread: What could not be made before.
     """
-    from ._collectives import rows
-    from ._findings import find
-    from ._flops import from_hlo
-    from ._memory import memory
-    from ._timeline import predict
-
     faults = [*unread]
 
     def part(what: str, make: Callable[[], T]) -> T | None:
@@ -193,11 +186,11 @@ def assemble(
     if not module.program.computations and not compiled.refusal:
         faults.append("the text holds no computation that can be read: is it optimised HLO, whole?")
     if flops is None:
-        flops = part("FLOPs", lambda: from_hlo(module, compiled))
-    timeline = part("timeline", lambda: predict(module, compiled))
-    held = part("memory", lambda: memory(module, compiled))
-    table = part("collectives", lambda: rows(module, compiled, timeline, plan)) or ()
-    findings = part("findings", lambda: find(module, compiled, held, timeline, table, plan)) or ()
+        flops = part("FLOPs", lambda: _flops.from_hlo(module, compiled))
+    timeline = part("timeline", lambda: _timeline.predict(module, compiled))
+    held = part("memory", lambda: _memory.memory(module, compiled))
+    table = part("collectives", lambda: _collectives.rows(module, compiled, timeline, plan)) or ()
+    findings = part("findings", lambda: _findings.find(module, compiled, held, timeline, table, plan)) or ()
     hardware = compiled.hardware
     return Report(
         name=compiled.name,
@@ -242,9 +235,7 @@ def _with_options(made: Subject, options: Mapping[str, Any] | None) -> Subject:
 
 
 def _count(made: Subject) -> Flops:
-    from ._flops import count
-
-    return count(made.function.trace(*made.shapes).jaxpr, plan=made.plan)
+    return _flops.count(made.function.trace(*made.shapes).jaxpr, plan=made.plan)
 
 
 def _compiled_here(made: Subject) -> Compiled:
@@ -310,8 +301,6 @@ def _refused(report: Report, compiled: Compiled, program: Any) -> Report:
 
 def _reconciled(memory: Memory | None, needed: int) -> Memory | None:
     """The account of a plan, brought to the one figure that the compiler gave."""
-    from ._memory import Held
-
     if memory is None:
         return None
     rest = needed - sum(each.bytes for each in memory.held)

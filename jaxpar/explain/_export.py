@@ -7,12 +7,15 @@ does not require, and keeps neither donation nor the mesh's hardware; so the par
 Nothing here needs a device: JAX is left unstarted if it was.
 """
 
+import contextlib
 import dataclasses
 import io
 import json
+import logging
 import os
 import pathlib
 import zipfile
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -95,7 +98,7 @@ def export(subject: Subject) -> Exported:
     hardware = _mesh.hardware_of(mesh)
     from jax import export as jax_export
 
-    with _devices.unstarted(), jax.default_device(_absent(hardware)):  # pyright: ignore[reportArgumentType]
+    with _devices.unstarted(), _absent_device(hardware):
         try:
             exported = jax_export.export(
                 subject.function,
@@ -150,12 +153,12 @@ def read(path: str | os.PathLike[str]) -> Exported:
             fields = json.loads(file.read("step.json"))
             module = file.read("step.mlirbc")
     except (zipfile.BadZipFile, KeyError, ValueError) as error:
-        raise StepError(f"{path} is not an exported step: {error}. Write one: jaxpar export MODULE:NAME -o FILE.") from error
+        raise StepError(
+            f"{path} is not an exported step: {error}. Write one: jaxpar export MODULE:NAME -o FILE."
+        ) from error
     if fields.pop("format") != FORMAT:
         raise StepError(f"{path} was written by another version of jaxpar. Export the step again: jaxpar export.")
-    fields["arguments"] = tuple(
-        Argument(**{**each, "shape": tuple(each["shape"])}) for each in fields["arguments"]
-    )
+    fields["arguments"] = tuple(Argument(**{**each, "shape": tuple(each["shape"])}) for each in fields["arguments"])
     hardware = fields.pop("hardware")
     chip = Chip(**hardware.pop("chip"))
     topology = tuple(hardware.pop("topology"))
@@ -170,8 +173,9 @@ def is_exported(path: str | os.PathLike[str]) -> bool:
 
 
 def call(exported: Exported, mesh: Mesh) -> Any:
-    """`exported` as a jitted function over the devices of `mesh`, with the shardings and donation it was exported with;
-    and its arguments as shapes.
+    """`exported` as a jitted function over the devices of `mesh`; and its arguments as shapes.
+
+    It has the shardings and the donation with which it was exported.
 
     `jax.export` makes a function of the module it is given; so a module of the same types is exported here, and the
     real one put in its place: JAX has no public constructor, and `deserialize` needs flatbuffers.
@@ -215,9 +219,13 @@ def without_call(text: str, name: str) -> str:
     return text.replace(f"jit({name})/call_exported/", "")
 
 
-def _absent(hardware: Hardware) -> Any:
-    """Stands for the default device while a step is lowered for `hardware`: JAX asks which kind it is, and for the
-    platform of its client. JAX takes any object whose type is called a device; with a real one it would start.
+@contextlib.contextmanager
+def _absent_device(hardware: Hardware) -> Iterator[None]:
+    """Within, JAX takes a device of `hardware` for its default one, as it would be there.
+
+    While it lowers it asks for the kind of its default device, and for the platform of that one's client. Any object
+    whose type is called a device will do, and is remarked upon in the log. With a real device JAX would start, and some
+    operations would be lowered for the CPU's sake.
     """
 
     class Client:
@@ -229,7 +237,14 @@ def _absent(hardware: Hardware) -> Any:
         platform = Client.platform
         client = Client()
 
-    return AbsentDevice()
+    remark = logging.getLogger("jax._src.config")
+    level = remark.level
+    remark.setLevel(logging.WARNING)
+    try:
+        with jax.default_device(AbsentDevice()):  # pyright: ignore[reportArgumentType]
+            yield
+    finally:
+        remark.setLevel(level)
 
 
 def _to_data(aval: Any, sharding: Any) -> dict[str, Any]:

@@ -1,12 +1,12 @@
 """What is to be explained, whatever the user has: made into one jitted function of arrays alone, on one mesh.
 
-| given                                | on                                | donation and shardings                        |
-|--------------------------------------|-----------------------------------|-----------------------------------------------|
-| recipe                               | the mesh of `on`                  | the plan's                                    |
-| program                              | its own mesh, or `on`             | the plan's                                    |
-| step of a plan (`plan.jit`), args    | its plan's mesh, or replanned     | the plan's                                    |
-| function jitted by the user, args    | that of its arguments, or `on`    | its own, then its arguments', then replicated |
-| plain function, args                 | that of its arguments, or `on`    | its arguments', then replicated               |
+| given                             | on                            | donation and shardings                        |
+|-----------------------------------|-------------------------------|-----------------------------------------------|
+| recipe                            | `on`                          | the plan's                                    |
+| program                           | its own mesh, or `on`         | the plan's                                    |
+| step of a plan (`plan.jit`), args | its own mesh, or planned anew | the plan's                                    |
+| function jitted by the user, args | its arguments' mesh, or `on`  | its own, then its arguments', then replicated |
+| plain function, args              | its arguments' mesh, or `on`  | its arguments', then replicated               |
 
 Arguments may be arrays, modules, shapes, or a mixture; nothing is run and nothing allocated.
 """
@@ -88,7 +88,8 @@ def subject(step: Any, args: tuple[Any, ...], kwargs: dict[str, Any], on: AnyMes
         return _of_step(step, args, kwargs, on)
     if not callable(step):
         raise StepError(
-            f"explain: {type(step).__name__} is neither a function, a step of plan.jit, nor a recipe. Give one of these."
+            f"explain: {type(step).__name__} is neither a function, a step of plan.jit, nor a recipe. Give one of "
+            "these."
         )
     return _of_function(step, args, kwargs, on)
 
@@ -119,7 +120,7 @@ def _of_program(step: Recipe | Program, on: AnyMesh | None) -> Subject:
 def _of_step(step: StepFunction, args: tuple[Any, ...], kwargs: dict[str, Any], on: AnyMesh | None) -> Subject:
     plan = step.plan if on is None else step.plan.on(on)
 
-    def placed(path: str, leaf: Any) -> Any:
+    def placed(leaf: Any) -> Any:
         """An array of the batch, as `plan.batch` would place it; others lie where the plan or their argument says."""
         shape, dtype, weak = _calls.type_of(leaf)
         own = getattr(leaf, "sharding", None)
@@ -143,7 +144,8 @@ def _of_flat(flat: Flat, plan: Any, name: str) -> Subject:
     ]
     batch = plan.batch_sharding if plan.num_batch_shards > 1 else None
     kinds = [
-        _kind(place, record, shape, batch) for place, record, shape in zip(flat.places, flat.records, shapes, strict=True)
+        _kind(place, record, shape, batch)
+        for place, record, shape in zip(flat.places, flat.records, shapes, strict=True)
     ]
     return Subject(
         name=name,
@@ -204,7 +206,9 @@ def _arguments(
 # Functions without a plan.
 
 
-def _of_function(step: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], on: AnyMesh | None) -> Subject:
+def _of_function(
+    step: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], on: AnyMesh | None
+) -> Subject:
     call = _calls.take_apart(_calls.argument_names(step), args, kwargs)
     name = getattr(step, "__name__", type(step).__name__)
 
@@ -225,17 +229,20 @@ def _of_function(step: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[s
     ]
     outs = [_moved(sharding, mesh) for sharding in own.out_shardings]
     function = jax.jit(
-        _renamed(jax_core.jaxpr_as_fun(own.jaxpr), name), in_shardings=ins, out_shardings=outs, donate_argnums=own.donated
+        _renamed(jax_core.jaxpr_as_fun(own.jaxpr), name),
+        in_shardings=ins,
+        out_shardings=outs,
+        donate_argnums=own.donated,
     )
     shapes = [
         jax.ShapeDtypeStruct(shape.shape, shape.dtype, weak_type=shape.weak_type, sharding=sharding)
         for shape, sharding in zip(shapes, ins, strict=True)
     ]
-    notes = ()
+    notes = []
     if mesh is not None and mesh.size > 1 and not any(len(each.spec) for each in ins if each is not None):
-        notes = (
-            f"no argument of {name} says how it is split, so every device of the mesh does all of the work. Give arrays "
-            "or jax.ShapeDtypeStructs with a sharding, or a step of a plan.",
+        notes.append(
+            f"no argument of {name} says how it is split, so every device of the mesh does all of the work. Give "
+            "arrays or jax.ShapeDtypeStructs with a sharding, or a step of a plan."
         )
     kinds = [_kind(place, None, shape, None) for place, shape in zip(call.places, shapes, strict=True)]
     return Subject(
@@ -246,7 +253,7 @@ def _of_function(step: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[s
         donated=own.donated,
         mesh=mesh,
         options=own.options,
-        notes=notes,
+        notes=tuple(notes),
     )
 
 
@@ -269,7 +276,11 @@ def _jitted(closed: Any) -> _Jitted:
     """
     jaxpr = closed.jaxpr
     nothing = _Jitted(
-        jaxpr=closed, in_shardings=[None] * len(jaxpr.invars), out_shardings=[None] * len(jaxpr.outvars), donated=(), options={}
+        jaxpr=closed,
+        in_shardings=[None] * len(jaxpr.invars),
+        out_shardings=[None] * len(jaxpr.outvars),
+        donated=(),
+        options={},
     )
     if len(jaxpr.eqns) != 1 or "donated_invars" not in jaxpr.eqns[0].params:
         return nothing
@@ -320,11 +331,10 @@ def _renamed(function: Callable[..., Any], name: str) -> Callable[..., Any]:
     return step
 
 
-def _map_arrays(function: Callable[[str, Any], Any], tree: PyTree) -> PyTree:
-    """`function(path, leaf)` for the arrays of a pytree that are in no module."""
+def _map_arrays(function: Callable[[Any], Any], tree: PyTree) -> PyTree:
+    """`function` of each array of a pytree that is in no module."""
 
-    def one(keys: Any, leaf: Any) -> Any:
-        is_plain = not _calls.is_node(leaf) and _tree.is_array(leaf)
-        return function(_tree.path_of(keys), leaf) if is_plain else leaf
+    def one(leaf: Any) -> Any:
+        return function(leaf) if not _calls.is_node(leaf) and _tree.is_array(leaf) else leaf
 
-    return jax.tree_util.tree_map_with_path(one, tree, is_leaf=_calls.is_node)
+    return jax.tree.map(one, tree, is_leaf=_calls.is_node)

@@ -67,7 +67,9 @@ def gpu_config(hardware: Hardware) -> str:
     """
     facts = _hardware.compiler_facts(hardware.chip.name)
     if not facts:
-        raise StepError(f"{hardware.name}: XLA's description of this GPU is not known, so nothing can be compiled for it.")
+        raise StepError(
+            f"{hardware.name}: XLA's description of this GPU is not known, so nothing can be compiled for it."
+        )
     capability = dict(zip(("major", "minor"), facts["capability"], strict=True))
     extension = facts["extension"]
     numbers = {
@@ -111,14 +113,26 @@ def missing(hardware: Hardware) -> str:
     return ""
 
 
-def needed_bytes(message: str) -> int:
-    """Of a compiler's refusal, the bytes a device would need: `Used 63.80G of 30.75G hbm`; 0 if it is no such refusal.
+def refused_bytes(message: str, arguments: int) -> int:
+    """Bytes that a device would need, of a compiler's refusal; 0 if it is no such refusal.
+
+    XLA:TPU says it in two ways: of the whole program, `Used 63.80G of 30.75G hbm`, or, when it gives up earlier, of its
+    temporaries alone; these come on top of the arguments.
 
     Example:
-        >>> needed_bytes("Ran out of memory in memory space hbm. Used 63.50G of 30.75G hbm.") / 2**30
+        >>> refused_bytes("Ran out of memory in memory space hbm. Used 63.50G of 30.75G hbm.", 2**30) / 2**30
         63.5
     """
-    match = re.search(r"Used ([\d.]+)([KMGT]?) of [\d.]+[KMGT]? ?hbm", message)
-    if match is None:
-        return 0
-    return round(float(match[1]) * 2 ** (10 * " KMGT".index(match[2] or " ")))
+    whole = re.search(rf"Used {_SIZE} of [\d.]+[KMGT]? ?hbm", message)
+    if whole is not None:
+        return _bytes(whole[1])
+    temporaries = re.search(rf"HLO temporaries \({_SIZE}\) exceeds available HBM", message)
+    return 0 if temporaries is None else _bytes(temporaries[1]) + arguments
+
+
+_SIZE = r"([\d.]+[KMGT]?)"
+
+
+def _bytes(text: str) -> int:
+    unit = text[-1] if text[-1] in "KMGT" else " "
+    return round(float(text.rstrip("KMGT")) * 2 ** (10 * " KMGT".index(unit)))
