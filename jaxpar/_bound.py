@@ -1,6 +1,7 @@
 """`jp.plan`: from a factory, a mesh and strategies to a plan that makes the model and compiles its steps."""
 
 import dataclasses
+import functools as ft
 import logging
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
@@ -98,6 +99,15 @@ def plan(
         birth=birth,
         values=strategies,
         precision=precision,
+        again=ft.partial(
+            plan,
+            factory,
+            strategies=strategies,
+            optimizer=optimizer,
+            trainable=trainable,
+            dims=dims,
+            precision=precision,
+        ),
     )
     slots = None if optimizer is None else bound.records_of(optimizer)
     notes = (*bound.notes, *unmatched_note(slots or {}))
@@ -113,12 +123,14 @@ class BoundPlan(Plan):
         birth: The model before it exists.
         values: The strategies.
         precision: The mixed-precision policy.
+        again: Plans the same for another mesh.
     """
 
     mesh: Any
     birth: Birth
     values: tuple[Strategy, ...]
     precision: Precision
+    again: Callable[..., "BoundPlan"]
     matcher: Matcher = dataclasses.field(init=False)
     reads: set[str] = dataclasses.field(init=False, default_factory=set)
     read_values: dict[Any, Any] = dataclasses.field(init=False, default_factory=dict)
@@ -137,6 +149,10 @@ class BoundPlan(Plan):
         if spec not in self._shardings:
             self._shardings[spec] = NamedSharding(self.mesh, spec)
         return self._shardings[spec]
+
+    def on(self, mesh: AnyMesh) -> "BoundPlan":
+        """The same model and strategies, planned for another mesh."""
+        return self.again(mesh=mesh)
 
     @property
     def batch_sharding(self) -> NamedSharding:

@@ -274,6 +274,24 @@ def slice_of(device: Any) -> int:
     return 0 if device.platform == "cpu" else getattr(device, "slice_index", None) or 0
 
 
+def chip_name(name: str) -> str:
+    """The one name of the chip that `name` names, alone or as part of hardware.
+
+    Raises:
+        MeshError: It names neither.
+
+    Example:
+        >>> chip_name("tpu7x"), chip_name("v5p-128")
+        ('7x', 'v5p')
+    """
+    return _names().get(name.strip().lower()) or parse(name).chip.name
+
+
+def compiler_facts(chip: str) -> dict[str, Any]:
+    """What XLA's description of a GPU needs beside the figures of `Chip`; empty where it is not known."""
+    return _data().get(chip, {}).get("xla", {})
+
+
 def counted(number: int, noun: str) -> str:
     """`"1 host"`, `"2 hosts"`."""
     return f"{number} {noun}" + ("" if number == 1 else "s")

@@ -63,6 +63,31 @@ class _Compiled:
         return dict(zip(self.changed, values[:num], strict=True)), self.result.assemble(values[num:], nodes)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Flat:
+    """A step over arrays alone, for one set of arguments: what is compiled, and what each array is.
+
+    Attributes:
+        function: Jitted; its arguments are `shapes`.
+        shapes: Of every array that goes in.
+        places: Where in the arguments each is.
+        records: What the plan says of each; `None` where nothing.
+        shardings: Where each lies.
+        donated: Which are given away.
+        options: XLA options of the step.
+        notes: What the plan did.
+    """
+
+    function: Any
+    shapes: list[jax.ShapeDtypeStruct]
+    places: list[Place]
+    records: list[Any]
+    shardings: list[Any]
+    donated: tuple[int, ...]
+    options: dict[str, Any]
+    notes: tuple[str, ...]
+
+
 class StepFunction:
     """What `plan.jit` returns: call it as the step it was made from.
 
@@ -136,11 +161,41 @@ class StepFunction:
 
     def lower(self, *args: Any, **kwargs: Any) -> jax.stages.Lowered:
         """Lower the step for these arguments, arrays or `jax.ShapeDtypeStruct`s, without running it."""
+        flat = self.flat(*args, **kwargs)
+        return flat.function.lower(*flat.shapes)
+
+    def flat(self, *args: Any, **kwargs: Any) -> Flat:
+        """The step for these arguments as a function of arrays alone, and what is known of each array."""
         call = _calls.take_apart(self._names, args, kwargs)
         compiled = self._get(call)
         types = map(_calls.type_of, call.arrays)
-        shapes = [jax.ShapeDtypeStruct(shape, dtype, weak_type=weak) for shape, dtype, weak in types]
-        return compiled.function.lower(*shapes)
+        return Flat(
+            function=compiled.function,
+            shapes=[jax.ShapeDtypeStruct(shape, dtype, weak_type=weak) for shape, dtype, weak in types],
+            places=call.places,
+            records=[
+                match and match.record
+                for match in (
+                    self._match(place, np.shape(array)) for place, array in zip(call.places, call.arrays, strict=True)
+                )
+            ],
+            shardings=compiled.shardings,
+            donated=compiled.donated,
+            options=self._options or {},
+            notes=compiled.notes,
+        )
+
+    def on(self, plan: Any) -> "StepFunction":
+        """The same step under another plan of the same model; nothing of it is compiled yet."""
+        return StepFunction(
+            plan,
+            self.function,
+            donate=self._donate,
+            donate_argnums=self._donate_argnums,
+            on_recompile="allow",
+            compiler_options=self._options,
+            reads=self._must_read,
+        )
 
     def _get(self, call: Call) -> _Compiled:
         shardings = [self._input_sharding(array, place) for array, place in zip(call.arrays, call.places, strict=True)]
