@@ -172,7 +172,8 @@ def _primitives() -> frozenset[str]:
 
 _MORE_PRIMITIVES = frozenset({
     "add_any", "axis_index", "convert_element_type", "dynamic_slice", "dynamic_update_slice", "iota_2x32_shape",
-    "pbroadcast", "pcast", "psum_invariant", "pvary", "ragged_dot_general", "reduce_scatter", "sharding_constraint", "split", "square",
+    "pbroadcast", "pcast", "psum_invariant", "pvary", "ragged_dot_general", "reduce_scatter", "sharding_constraint",
+    "split", "square",
 })  # fmt: skip
 
 
