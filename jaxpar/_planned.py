@@ -61,6 +61,7 @@ class _Move:
     compute: NamedSharding
     route: tuple[NamedSharding, ...]
     dtype: Any
+    path: str
 
     def forward(self, value: jax.Array) -> jax.Array:
         if self.dtype != value.dtype:
@@ -97,7 +98,8 @@ def read(value: jax.Array, record: Record, region: Region, *, layers: int = 0) -
 
     if not jnp.issubdtype(value.dtype, jnp.floating):
         return jax.lax.with_sharding_constraint(value, here(record.compute))
-    return _read(value, _Move(here(record.storage), here(record.compute), tuple(map(here, route)), record.compute_dtype))
+    move = _Move(here(record.storage), here(record.compute), tuple(map(here, route)), record.compute_dtype, record.path)
+    return _read(value, move)
 
 
 def gather(params: PyTree) -> PyTree:
@@ -202,11 +204,19 @@ def _read_variable(variable: Any, value: Any) -> Any:
 
 @ft.partial(jax.custom_jvp, nondiff_argnums=(1,))
 def _read(value: jax.Array, move: _Move) -> jax.Array:
-    return move.forward(value)
+    with jax.named_scope(scope_of(move.path)):
+        return move.forward(value)
 
 
 @_read.defjvp
 def _read_jvp(
     move: _Move, values: tuple[jax.Array], tangents: tuple[jax.Array]
 ) -> tuple[jax.Array, jax.Array]:
-    return _read(values[0], move), move.tangent(tangents[0])
+    value = _read(values[0], move)
+    with jax.named_scope(scope_of(move.path)):
+        return value, move.tangent(tangents[0])
+
+
+def scope_of(path: str) -> str:
+    """The scope that names operations by the whole plan path of what they work on, whatever else is open."""
+    return f"@{path}"

@@ -11,6 +11,7 @@ queries, keys and values if it is attention, by the cost that its author gave ot
 import dataclasses
 import math
 import re
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -24,7 +25,7 @@ class Work:
     Attributes:
         kind: `"matmul"`, `"convolution"`, `"attention"`, or `"kernel"` for other custom calls.
         flops: That are run. Of causal attention in blocks, those in blocks that are not wholly masked.
-        full: The same without a mask.
+        full: What the mathematics needs, without a mask: scores that a backward kernel computes again left out.
         causal: Half of `full` for attention known to be causal, `full` for everything else.
         dtype: Of the operands, in HLO's spelling.
         known: False for a kernel of which nothing is known; it then counts as none.
@@ -227,11 +228,13 @@ def _cudnn_attention(program: Program, op: Op, target: str) -> Work:
     scores = re.search(r'"intermediate_tensor_shape":\{[^{}]*"dimensions":\[([^\]]*)\]', op.attributes)
     query = _operands(program, op)[0]
     size = math.prod(int(part) for part in re.findall(r"\d+", scores.group(1))) if scores else 0
-    full = 2.0 * size * query.dims[-1] * (5 if "Backward" in target else 2)
+    one = 2.0 * size * query.dims[-1]
+    full = one * (4 if "Backward" in target else 2)
+    run = one * (5 if "Backward" in target else 2)
     causal = re.search(r'"mask_type":"\w*CAUSAL', op.attributes) is not None
     return Work(
         kind="attention",
-        flops=full / 2 if causal else full,  # its tiles are small
+        flops=run / 2 if causal else run,  # its tiles are small
         full=full,
         causal=full / 2 if causal else full,
         dtype=query.dtype,
@@ -247,7 +250,7 @@ def _pallas(program: Program, op: Op) -> Work:
     operands = _operands(program, op)
     named = re.search(r'op_name="([^"]*)"', op.attributes)
     words = f"{op.name}/{named.group(1)}" if named else op.name
-    found = _attention(op, operands, words) if _ATTENTION.search(words.lower()) else None
+    found = _attention(op, operands, words)
     if found is not None:
         return found
     cost = _given_cost(op)
@@ -255,46 +258,57 @@ def _pallas(program: Program, op: Op) -> Work:
 
 
 def _attention(op: Op, operands: list[Shape], words: str) -> Work | None:
-    """Attention by its shapes: queries, keys and values are the first three arrays of floats with heads.
+    layouts = dict(re.findall(r'([qkv])_layout\\*": (\d)', op.attributes))
+    fused = 'use_fused_bwd_kernel\\": true' in op.attributes
+    return attention(words, operands, op.shapes, layouts=layouts, fused=fused)
 
-    Forward it computes two products of (queries, keys, head dim); `dkv` four, `dq` three, both in one kernel five,
-    since each computes the scores again. Which blocks a splash kernel skips is in a constant that text leaves out: that
-    the mask is causal is taken from its being computed from positions, and then blocks right of the diagonal are
+
+def attention(
+    words: str,
+    operands: Sequence[Shape],
+    results: Sequence[Shape],
+    *,
+    layouts: dict[str, str] | None = None,
+    fused: bool = False,
+) -> Work | None:
+    """The work of an attention kernel that is called `words`; `None` if its operands are not those of one.
+
+    Queries, keys and values are the first three arrays of floats with heads. The forward pass has two products of
+    (queries, keys, head dim), the backward pass four; but every kernel of that computes the scores again, so that `dkv`
+    runs four, `dq` three, both in one five. Which blocks a splash kernel skips is in a constant that text leaves out:
+    that the mask is causal is taken from its being computed from positions; blocks right of the diagonal are then
     skipped.
     """
-    arrays = [shape for shape in operands if len(shape.dims) >= 3 and shape.dtype[0] in "bf"]
-    if len(arrays) < 3:
+    arrays = [shape for shape in operands if len(shape.dims) >= 3 and shape.dtype[:1] in ("b", "f")]
+    if not _ATTENTION.search(words.lower()) or len(arrays) < 3:
         return None
     query, key, value = arrays[:3]
-    layouts = dict(re.findall(r'([qkv])_layout\\*": (\d)', op.attributes))
+    layouts = layouts or {}
     num_queries, query_dim = _sides(query, layouts.get("q"))
     num_keys, key_dim = _sides(key, layouts.get("k"))
     _, value_dim = _sides(value, layouts.get("v"))
-    if query_dim != key_dim:
+    if query_dim != key_dim or not query_dim:
         return None
-    pairs = query.size // query_dim * num_keys
     last = words.rstrip("/").lower()
     if "dkv" in last:
-        fused = (
-            sum(shape.dtype[0] in "bf" for shape in op.shapes) > 2 or 'use_fused_bwd_kernel\\": true' in op.attributes
-        )
-        dims = 2 * value_dim + (3 if fused else 2) * query_dim
+        both = fused or sum(shape.dtype[:1] in ("b", "f") for shape in results) > 2
+        run = 2 * value_dim + (3 if both else 2) * query_dim
+        needed = run - query_dim
     elif re.search(r"(?<![a-z])dq(?![a-z])", last):
-        dims = value_dim + 2 * query_dim
+        run, needed = value_dim + 2 * query_dim, query_dim
     else:
-        dims = query_dim + value_dim
-    full = 2.0 * pairs * dims
+        run = needed = query_dim + value_dim
+    pairs = 2.0 * (query.size // query_dim) * num_keys
     masks = [
         shape for shape in operands if shape.dtype in ("s8", "s32") and len(shape.dims) == 3 and shape.dims[0] == 1
     ]
     positions = any(shape.dtype == "s32" and len(shape.dims) == 2 for shape in operands)
     causal = bool(masks) and positions and num_queries == num_keys
-    share = _blocks_run(masks[0].dims[1], masks[0].dims[2]) if causal else 1.0
     return Work(
         kind="attention",
-        flops=full * share,
-        full=full,
-        causal=full / 2 if causal else full,
+        flops=pairs * run * (_blocks_run(masks[0].dims[1], masks[0].dims[2]) if causal else 1.0),
+        full=pairs * needed,
+        causal=pairs * needed / 2 if causal else pairs * needed,
         dtype=query.dtype,
     )
 

@@ -57,6 +57,7 @@ class Op:
         attributes: The text after them.
         computation: Name of the computation that holds it.
         root: Whether it is that computation's result.
+        result: The text of the result's type, with layouts.
     """
 
     name: str
@@ -67,6 +68,7 @@ class Op:
     attributes: str
     computation: str
     root: bool
+    result: str = ""
 
     def attribute(self, key: str) -> str | None:
         """The word, number or `{...}` after `key=`, without the percent sign of a name."""
@@ -101,6 +103,7 @@ class Program:
         entry: Name of the computation that runs.
         frames: `stack_frame_id` to `(file, line)`, innermost first.
         unread: Lines and parts that could not be read, each with its reason.
+        header: The module's first line: what aliases what, the layouts of its arguments.
     """
 
     name: str
@@ -109,6 +112,7 @@ class Program:
     entry: str
     frames: dict[int, tuple[tuple[str, int], ...]]
     unread: tuple[str, ...]
+    header: str = ""
 
     @ft.cached_property
     def callers(self) -> dict[str, list[Op]]:
@@ -157,7 +161,7 @@ _FIELD = re.compile(r"(\w+)=(-?\d+)")
 
 def parse(text: str) -> Program:
     """Take HLO `text` apart. Garbage gives an empty program whose `unread` says so."""
-    name, num_partitions, entry = "", 1, ""
+    name, num_partitions, entry, heading = "", 1, "", ""
     computations: dict[str, Computation] = {}
     unread: list[str] = []
     tables: dict[str, list[str]] = {}
@@ -177,7 +181,7 @@ def parse(text: str) -> Program:
                     ops[op.name] = op
                     root = op.name if op.root else root
         elif line.startswith("HloModule"):
-            name = line.split()[1].rstrip(",") if len(line.split()) > 1 else ""
+            name, heading = line.split()[1].rstrip(",") if len(line.split()) > 1 else "", line
             partitions = re.search(r"num_partitions=(\d+)", line)
             num_partitions = int(partitions.group(1)) if partitions else 1
         elif title := _TABLE.match(line):
@@ -204,6 +208,7 @@ def parse(text: str) -> Program:
         entry=entry,
         frames=_frames(tables),
         unread=tuple(unread),
+        header=heading,
     )
 
 
@@ -241,6 +246,7 @@ def _read_op(line: str, computation: str) -> Op | None:
         attributes=line[close:],
         computation=computation,
         root=start.group(1) is not None,
+        result=line[at:end],
     )
 
 
