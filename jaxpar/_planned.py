@@ -59,6 +59,7 @@ class _Move:
     gradient: NamedSharding
     stored: Any
     dtype: Any
+    path: str
 
     def forward(self, value: jax.Array) -> jax.Array:
         if self.dtype != value.dtype:
@@ -91,6 +92,7 @@ def read(value: jax.Array, record: Record, region: Region, *, layers: int = 0) -
         region.sharding(gradient),
         value.dtype,
         record.compute_dtype if jnp.issubdtype(value.dtype, jnp.floating) else value.dtype,
+        record.path,
     )
     return _read(value, move)
 
@@ -197,15 +199,22 @@ def _read_variable(variable: Any, value: Any) -> Any:
 
 @ft.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def _read(value: jax.Array, move: _Move) -> jax.Array:
-    return move.forward(value)
+    with jax.named_scope(scope_of(move.path)):
+        return move.forward(value)
 
 
 def _read_forward(value: jax.Array, move: _Move) -> tuple[jax.Array, Any]:
-    return move.forward(value), None
+    return _read(value, move), None
 
 
 def _read_backward(move: _Move, _: None, cotangent: jax.Array) -> tuple[jax.Array]:
-    return (move.backward(cotangent),)
+    with jax.named_scope(scope_of(move.path)):
+        return (move.backward(cotangent),)
+
+
+def scope_of(path: str) -> str:
+    """The scope that names operations by the whole plan path of what they work on, whatever else is open."""
+    return f"@{path}"
 
 
 _read.defvjp(_read_forward, _read_backward)

@@ -11,7 +11,7 @@ import numpy as np
 from jax.extend import core as jax_core
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from . import _calls, _context, _planned, _traits
+from . import _calls, _context, _planned, _scopes, _traits
 from ._birth import no_eager_sharding
 from ._calls import Call, Place, Result
 from ._errors import ShardingError, StepError, listed
@@ -175,7 +175,8 @@ class StepFunction:
             variables = _parameters_of(nodes, call, found)
             given = _calls.by_name(self._names, args, kwargs)
             bare = [(*pair, pair[1].get_raw_value()) for pair in _calls.bare_variables(given)]
-            with no_eager_sharding(), _planned.planned(variables), _context.entered(region):
+            named = _scopes.named(nodes)
+            with no_eager_sharding(), _planned.planned(variables), _context.entered(region), named:
                 out = self.function(*args, **kwargs)
                 out_arrays, traced["result"] = _calls.take_result_apart(out, nodes)
             _check_structure(self.__name__, before, _calls.graphdef_of(nodes))
