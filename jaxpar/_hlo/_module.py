@@ -119,6 +119,14 @@ class Module:
         groups = [found for visit in _walk(self.program) if (found := reader.groups(visit.op)) is not None]
         return axes_behind(groups, flat)
 
+    def trips(self, loop: Op) -> int | None:
+        """How often the body of a `while` runs each time it is met; `None` if that is not known."""
+        return values.trip_count(self.program, loop)
+
+    def origin(self, op: Op) -> tuple[str, str]:
+        """The name that JAX gave an operation and its `file:line`, or those of the nearest one that kept them."""
+        return _Reader(self.program, MeshAxes(names=(), sizes=())).origin(op)
+
     def loops(self) -> tuple[Loop, ...]:
         """Every `while` that the program can run."""
         reader = _Reader(self.program, MeshAxes(names=(), sizes=()))
