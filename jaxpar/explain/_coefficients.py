@@ -11,7 +11,7 @@ from typing import Any
 class Coefficients:
     """One value for each table of `_coefficients.toml`, which says what it is and where it comes from."""
 
-    cycles: float
+    overlap: float
     matmul: float
     memory: float
     attention: float
@@ -39,7 +39,7 @@ def bounds() -> list[tuple[Coefficients, Coefficients]]:
     return found
 
 
-_SECONDS = ("cycles", "hop", "dcn_hop", "launch")
+_SECONDS = ("hop", "dcn_hop", "launch")
 """Those that lengthen a step as they grow; the others are rates."""
 
 

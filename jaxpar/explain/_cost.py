@@ -64,7 +64,12 @@ def cost(module: Module, op: Op, hardware: Hardware) -> Cost | None:
 def seconds(cost: Cost, hardware: Hardware, known: Coefficients) -> float:
     """One run."""
     if cost.origin == "cycles":
-        return cost.cycles * known.cycles / hardware.chip.clock
+        estimate = cost.cycles / hardware.chip.clock
+        least = max(
+            cost.flops / cost.peak if cost.peak else 0.0,
+            cost.bytes / hardware.hbm_bandwidth if hardware.hbm_bandwidth else 0.0,
+        )
+        return max(least, estimate - known.overlap * min(least, max(estimate - least, 0.0)))
     reached = {"attention": known.attention, "attention backward": known.attention_backward}.get(
         cost.kind, known.matmul
     )

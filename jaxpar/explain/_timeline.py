@@ -9,9 +9,10 @@ pass.
 
 import dataclasses
 import math
+import re
 
 from .. import _hlo
-from .._hlo import Collective, Module, Op
+from .._hlo import Collective, MeshAxes, Module, Op
 from ._coefficients import Coefficients, bounds, coefficients
 from ._compiled import Compiled
 from ._cost import Cost, cost, seconds
@@ -133,6 +134,21 @@ def predict(module: Module, compiled: Compiled) -> Timeline | None:
     )
 
 
+def mesh_of(module: Module, compiled: Compiled) -> MeshAxes:
+    """The mesh of a program; where nobody named its axes, those that its collectives run over."""
+    axes, hardware = compiled.axes, compiled.hardware
+    unnamed = not axes.names or (axes.names == (UNNAMED,) and axes.size == hardware.num_devices)
+    if not unnamed:
+        return axes
+    per_slice = hardware.num_devices // hardware.num_slices
+    several = hardware.num_slices > 1 and hardware.kind == "tpu"
+    slices = tuple(at // per_slice for at in range(hardware.num_devices)) if several else ()
+    return module.axes(hardware.num_devices, axes.slices or slices)
+
+
+UNNAMED = "devices"
+"""The one axis of a program whose mesh is not known."""
+
 _Place = tuple[str, str]
 
 
@@ -154,11 +170,13 @@ class _Schedule:
         self.module = module
         self.program = module.program
         self.hardware = compiled.hardware
-        self.axes = compiled.axes if compiled.axes.size > 1 else module.axes(compiled.hardware.num_devices)
+        self.axes = mesh_of(module, compiled)
         self.fabric = fabric(self.hardware, self.axes)
         self.paths = Paths(each.path for each in compiled.arguments if each.kind in ("parameter", "frozen"))
         self.notes: list[str] = []
         self.costs: dict[_Place, Cost | None] = {}
+        self.timed: dict[str, list[Op]] = {}
+        self.counted: dict[_Place, int | None] = {}
         self.loads: dict[_Place, _Load] = {}
         self.tensors: dict[_Place, list[Collective]] = {}
         for collective in module.collectives(self.axes):
@@ -170,6 +188,21 @@ class _Schedule:
         if place not in self.costs:
             self.costs[place] = cost(self.module, op, self.hardware)
         return self.costs[place]
+
+    def steps(self, computation: str) -> list[Op]:
+        """The operations of a computation that may take time."""
+        if computation not in self.timed:
+            found = self.program.computations.get(computation)
+            ops = [] if found is None else found.ops.values()
+            self.timed[computation] = [op for op in ops if not _hlo.is_free(op)]
+        return self.timed[computation]
+
+    def trips(self, loop: Op) -> int | None:
+        """How often a loop runs its body."""
+        place = (loop.computation, loop.name)
+        if place not in self.counted:
+            self.counted[place] = self.module.trips(loop)
+        return self.counted[place]
 
     def load(self, place: _Place) -> _Load | None:
         """The collective at `place`, all its tensors together."""
@@ -268,11 +301,10 @@ class _Run:
         return self.now
 
     def _computation(self, name: str, above: tuple[str, ...]) -> None:
-        computation = self.program.computations.get(name)
-        if computation is None or name in above:
+        if name in above or name not in self.program.computations:
             return
         carriers = self.schedule.carriers(name)
-        for op in computation.ops.values():
+        for op in self.schedule.steps(name):
             if op.opcode == "while":
                 self._loop(op, (*above, name))
             elif op.opcode == "conditional":
@@ -288,7 +320,7 @@ class _Run:
     # Control flow.
 
     def _loop(self, op: Op, above: tuple[str, ...]) -> None:
-        trips = self.schedule.module.trips(op)
+        trips = self.schedule.trips(op)
         if trips is None:
             self.notes.append(f"{op.name}: how often this loop runs is not known; it is taken to run once")
             trips = 1
@@ -345,10 +377,12 @@ class _Run:
     def _plain(self, op: Op) -> None:
         place = (op.computation, op.name)
         opcode = op.opcode
+        if opcode == "send-done":
+            return  # the data has left the device: the result is waited for at `recv-done`
         if opcode.endswith("-done") or opcode in ("async-update", "copy-done"):
             self._finish(op)
-        elif opcode in ("recv", "recv-done", "send-done"):
-            self._finish(op)
+        elif opcode == "recv":
+            return
         elif opcode in ("copy-start", "slice-start", "dynamic-slice-start", "dynamic-update-slice-start"):
             self._issue(place, self._copy(op))
         elif opcode == "async-start":
@@ -360,7 +394,7 @@ class _Run:
         elif opcode.removesuffix("-start") in _hlo.KINDS or opcode == "send":
             load = self.schedule.load(place)
             if opcode.endswith("-start") or opcode == "send":
-                self._issue(place if opcode != "send" else ("send", op.attribute("channel_id")), load)
+                self._issue(_meeting(op) if opcode == "send" else place, load)
             elif load is not None:
                 self._expose(load, self._start(load))
         else:
@@ -379,7 +413,8 @@ class _Run:
         for phase, place in collectives:
             if phase == "start":
                 self._issue(place, self.schedule.load(place))
-        if _hlo.cycles(op) is not None or _hlo.flops_of(self.program, op):
+        known = self.schedule.cost(op)
+        if known is not None and (known.origin != "roofline" or known.flops):
             self._compute(op)
         for phase, place in collectives:
             if phase == "done":
@@ -465,9 +500,7 @@ class _Run:
                 self._move(made, key)
             if op.opcode == "async-update":
                 return
-            if made.opcode in ("send", "recv"):
-                key = ("send", made.attribute("channel_id"))
-            self._settle(key)
+            self._settle(_meeting(made) if made.opcode == "recv" else key)
 
     def _move(self, update: Op, key: object) -> None:
         for name in update.operands:
@@ -495,6 +528,12 @@ class _Run:
         self.events.append(
             Event(lane=lane, start=start, seconds=took, count=1, name=name, path=path, depth=self.depth)
         )
+
+
+def _meeting(op: Op) -> object:
+    """What a `send` and the `recv` of its answer have in common."""
+    named = re.search(r'_xla_host_transfer_rendezvous="([^"]*)"', op.attributes)
+    return ("send", named.group(1) if named else op.attribute("channel_id"))
 
 
 _HOST = 5
