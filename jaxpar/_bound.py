@@ -335,10 +335,12 @@ class BoundPlan(Plan):
         return {path: slot_record(path, shape, self.matcher) for path, shape in shapes.items()}
 
     def trained(self, params: PyTree, *, prefix: str = "") -> PyTree:
-        """The trained parameters of a plain pytree: itself if all are, else a dict by path."""
-        flat = _tree.flatten(params)
-        kept = {path: leaf for path, leaf in flat.leaves.items() if self.records[prefix + path].slot == "parameter"}
-        return params if len(kept) == len(flat.leaves) else kept
+        """The trained parameters of a plain pytree, which keeps its structure: all else in it is `None`, as for Optax.
+
+        What is not trained are frozen parameters, and what is no parameter: functions and integers, as in Equinox.
+        """
+        trained = {path for path, record in self.records.items() if record.slot == "parameter"}
+        return _tree.only(params, {path for path in _tree.leaves(params) if prefix + path in trained})
 
     def draw(self, path: str | None = None) -> Any:
         """A picture of which device holds which tile: of one leaf, or of the largest ones."""

@@ -254,10 +254,8 @@ def _pytree_steps(recipe: Recipe, plan: BoundPlan) -> tuple[Callable[..., Any], 
         gradients, trained = plan.trained(found.gradients), plan.trained(params)
         norm = optax.tree.norm(gradients)
         updates, optimizer = transform.update(gradients, optimizer, trained)
-        new: Any = optax.apply_updates(trained, updates)
-        if trained is not params:
-            flat = _tree.flatten(params)
-            new = flat.build({**flat.leaves, **_tree.leaves(new)})
+        flat = _tree.flatten(params)
+        new = flat.build({**flat.leaves, **_tree.leaves(optax.apply_updates(trained, updates))})
         return new, optimizer, _metrics(found, norm, recipe, plan)
 
     def eval_step(params: PyTree, batch: PyTree) -> Any:
