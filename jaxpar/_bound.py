@@ -92,7 +92,7 @@ def plan(
         shards=_in_mesh_order(sizes, draft.shards),
         strategies=tuple(sorted(map(_describe, strategies))),
         inactive=tuple(sorted(draft.inactive)),
-        notes=tuple(draft.notes),
+        notes=(*draft.notes, *_stacked_note(records, birth)),
         hardware=_mesh.describe(mesh),
         mesh=mesh,
         birth=birth,
@@ -450,6 +450,20 @@ def _record(path: str, birth: Birth, draft: _rules.Draft, precision: Precision) 
         remat=path in birth.remat,
         reasons=tuple(leaf.reasons),
     )
+
+
+def _stacked_note(records: dict[str, Record], birth: Birth) -> list[str]:
+    """A note of leaves of a plain pytree that stack layers: when they are gathered is for the loss to say."""
+    if _tree.is_graph(birth.build(birth.shapes)):
+        return []
+    stacked = [record for record in records.values() if record.layers and record.compute != record.storage]
+    names = ", ".join(record.path for record in stacked[:3]) + (", ..." if len(stacked) > 3 else "")
+    note = (
+        f"stacked layers: {names} {'is' if len(stacked) == 1 else 'are'} gathered one layer at a time where the loss "
+        "calls jp.gather(layer) in its scan over them (and once more where that is rematerialised), all at once where "
+        "it does not."
+    )
+    return [note] if stacked else []
 
 
 def _describe(strategy: Strategy) -> str:

@@ -15,7 +15,7 @@ from . import _bound, _mesh, _tree
 from ._bound import BoundPlan
 from ._errors import StepError
 from ._grad import differentiate
-from ._planned import gather
+from ._planned import gather_others, gathered_by
 from ._precision import Precision, cast
 from ._step import StepFunction
 from ._strategy import Strategy
@@ -72,7 +72,7 @@ class Recipe:
     weight: Callable[[Any], Any] | None = None
     separable: bool = True
     trainable: Any = None
-    dims: Sequence[tuple[str, Sequence[str | None]]] = ()
+    dims: Sequence[tuple[str, Sequence[Any]]] = ()
     precision: Precision | Literal["auto"] = "auto"
     compiler_options: dict[str, Any] | None = None
 
@@ -259,7 +259,8 @@ def _pytree_steps(recipe: Recipe, plan: BoundPlan) -> tuple[Callable[..., Any], 
         return new, optimizer, _metrics(found, norm, recipe, plan)
 
     def eval_step(params: PyTree, batch: PyTree) -> Any:
-        return _evaluate(recipe, plan, gather(params), batch)
+        gathered = gathered_by(recipe.eval_loss or recipe.loss, params, batch)
+        return _evaluate(recipe, plan, gather_others(params, gathered), batch)
 
     return train_step, eval_step
 
