@@ -204,7 +204,7 @@ def test_shared_heads_are_repeated_heads():
 def test_visible():
     positions, segments = jnp.array([[0, 1, 0, 1]]), jnp.array([[0, 0, 1, 1]])
     expected = [[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]]
-    np.testing.assert_array_equal(visible(positions, segments)[0, 0].astype(int), expected)
+    np.testing.assert_array_equal(visible((positions, segments), (positions, segments))[0, 0].astype(int), expected)
 
 
 @families
