@@ -11,9 +11,9 @@ from typing import Any
 
 import jax
 
-from .. import _mesh
-from .._context import entered
+from .. import _mesh, _tree
 from .._birth import no_eager_sharding
+from .._context import entered
 from .._errors import MeshError, ShardingError, StepError
 from .._hardware import Hardware
 from .._mesh import AXES, factorisations
@@ -114,7 +114,8 @@ class Search:
         """The estimate of one mesh, with as few microbatches as fit; or why there is none."""
         target = hardware.name
         try:
-            mesh = _mesh.mesh(hardware, **axes)
+            sizes: dict[str, Any] = dict(axes)
+            mesh = _mesh.mesh(hardware, **sizes)
             crossing = _mesh.dcn_factors(mesh)
             if crossing.get("tensor", 1) > 1:
                 between = "slices" if hardware.kind == "tpu" else "hosts"
@@ -124,15 +125,17 @@ class Search:
                     reason=f"tensor={axes['tensor']} would cross {between}: it waits for the network in every layer",
                 )
             program = self.recipe.on(mesh)
-            fault = self._layout_fault(program)
         except (ShardingError, StepError, MeshError) as error:
-            return Rejected(target=target, axes=dict(axes), reason=_first_line(str(error)), detail=str(error))
-        if fault is not None:
-            return Rejected(target=target, axes=dict(axes), reason=_first_line(fault), detail=fault)
-        return self._fitted(hardware, axes, program)
-
-    def _fitted(self, hardware: Hardware, axes: Mapping[str, int], program: Program) -> Candidate | Rejected:
+            return refused(target, axes, str(error))
         traced = self._traced(program)
+        fault = self._layout_fault(program)
+        if fault is not None:
+            return refused(target, axes, fault)
+        return self._fitted(hardware, axes, program, traced)
+
+    def _fitted(
+        self, hardware: Hardware, axes: Mapping[str, int], program: Program, traced: Trace
+    ) -> Candidate | Rejected:
         accumulate = self.recipe.accumulate
         for accumulate in self._microbatches(program):
             if accumulate != program.recipe.accumulate:
@@ -159,7 +162,13 @@ class Search:
     def _traced(self, program: Program) -> Trace:
         key = key_of(program)
         if key not in self._traces:
-            self._traces[key] = trace(program)
+            try:
+                self._traces[key] = trace(program)
+            except Exception as error:
+                shapes = {path: tuple(leaf.shape) for path, leaf in _tree.leaves(self.recipe.batch).items()}
+                raise StepError(
+                    f"compare: the model refuses the batch {shapes}: {error} Ask for another batch or seq."
+                ) from error
         return self._traces[key]
 
     def _layout_fault(self, program: Program) -> str | None:
@@ -173,20 +182,32 @@ class Search:
         return self._layouts.get(key)
 
 
+def refused(target: str, axes: Mapping[str, int], message: str) -> Rejected:
+    """A mesh that an error speaks against."""
+    return Rejected(target=target, axes=dict(axes), reason=_first_line(message), detail=message)
+
+
 def does_not_fit(target: str, axes: Mapping[str, int], accumulate: int, report: Report) -> Rejected:
     """A mesh whose devices are too small: by how much, and what is largest."""
     memory = report.memory
     assert memory is not None, "it says what does not fit"
-    largest = sorted(memory.held, key=lambda each: -each.bytes)[:2]
-    named = " and ".join(f"{each.kind} {each.path or each.shape}".strip() + f" {bytes_text(each.bytes)}" for each in largest)
+    kept = ("parameter", "optimizer", "model_state", "batch")
+    alone = memory.argument > memory.limit  # then no batch is small enough
+    held = [each for each in memory.held if not alone or each.kind in kept]
+    largest = sorted(held, key=lambda each: -each.bytes)[:2]
+    named = " and ".join(
+        f"{each.kind} {each.path or each.shape}".strip() + f" {bytes_text(each.bytes)}" for each in largest
+    )
     micro = f" with {accumulate} microbatches" if accumulate > 1 else ""
     return Rejected(
         target=target,
         axes=dict(axes),
         reason=(
-            f"does not fit: {bytes_text(memory.peak)} of {bytes_text(memory.limit)}{micro}"
-            + (f"; largest {named}" if named else "")
-        ),
+            f"does not fit: {bytes_text(memory.argument)} of {bytes_text(memory.limit)} before the first operation"
+            if alone
+            else f"does not fit: {bytes_text(memory.peak)} of {bytes_text(memory.limit)}{micro}"
+        )
+        + (f"; largest {named}" if named else ""),
     )
 
 

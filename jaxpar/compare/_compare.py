@@ -6,12 +6,12 @@ import os
 from collections.abc import Mapping, Sequence
 
 from .. import _hardware, _mesh_spec
-from .._errors import MeshError, StepError
+from .._errors import MeshError, ShardingError, StepError
 from .._hardware import Hardware
 from .._recipe import Recipe
 from ..explain._estimate import num_tokens
 from . import _scale
-from ._candidates import Candidate, Rejected, Search, does_not_fit
+from ._candidates import Candidate, Rejected, Search, does_not_fit, refused
 from ._comparison import Comparison
 from ._rank import ranked
 
@@ -48,8 +48,8 @@ def compare(
         compile: How many meshes of each target to compile; 0 for none.
 
     Raises:
-        MeshError: The target is not known or nobody says how fast it is; a strategy is on an axis that `jp.mesh` lacks;
-            no mesh fits, with the reasons.
+        MeshError: The target is not known or nobody says how fast it is; or a strategy is on an axis that `jp.mesh`
+            lacks. If no mesh fits, that is a comparison too, with the reasons.
         StepError: The batch cannot be made as asked, or the model refuses it.
 
     Example:
@@ -68,6 +68,7 @@ def compare(
     candidates: list[Candidate] = []
     rejected: list[Rejected] = []
     notes: list[str] = []
+    interrupted = False
     try:
         for each in hardware:
             meshes = search.meshes(each)
@@ -80,6 +81,7 @@ def compare(
         for each in hardware:
             _compile_best(search, each, compile, candidates, rejected, notes)
     except KeyboardInterrupt:
+        interrupted = True
         compiled = sum(each.is_compiled for each in candidates)
         notes.append(
             f"interrupted: {len(candidates) + len(rejected)} meshes were estimated and {compiled} compiled by then"
@@ -101,6 +103,7 @@ def compare(
         candidates=tuple(ranked(candidates)),
         rejected=tuple(rejected),
         notes=tuple(notes),
+        interrupted=interrupted,
     )
 
 
@@ -124,8 +127,13 @@ def _compile_best(
             return
         logger.info("%s: compiling %s", hardware.name, candidate.name)
         program = search.programs[hardware.name, tuple(candidate.axes.items())]
-        report = explain(program)
         at = candidates.index(candidate)
+        try:
+            report = explain(program)
+        except (ShardingError, StepError) as error:
+            del candidates[at]
+            rejected.append(refused(hardware.name, candidate.axes, str(error)))
+            continue
         if report.origin == "compiled":
             candidates[at] = dataclasses.replace(candidate, report=report)
             done += 1

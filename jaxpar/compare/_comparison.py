@@ -25,6 +25,7 @@ class Comparison:
         candidates: The legal meshes, compiled ones first, the simplest of equally fast ones first.
         rejected: The others, each with its reason.
         notes: What a reader should know.
+        interrupted: Whether there would have been more.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Comparison:
     candidates: tuple[Candidate, ...]
     rejected: tuple[Rejected, ...] = ()
     notes: tuple[str, ...] = ()
+    interrupted: bool = False
 
     @property
     def targets(self) -> tuple[str, ...]:
@@ -95,7 +97,7 @@ class Comparison:
         return _comparison_text.html_page(self, alone=True)
 
     def draw(self) -> Drawing:
-        """A bar for each of the best meshes: computation, then what each axis keeps waiting; and memory of the limit."""
+        """A bar for each of the best meshes: computation, then what each axis keeps waiting; memory and its limit."""
         from . import _comparison_draw
 
         return _comparison_draw.draw(self)
@@ -144,5 +146,3 @@ class Comparison:
 
 def _axes(axes: dict[str, int]) -> str:
     return " x ".join(f"{axis}={size}" for axis, size in axes.items())
-
-

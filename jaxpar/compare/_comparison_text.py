@@ -57,14 +57,14 @@ def cells(comparison: "Comparison", number: int, candidate: Candidate) -> list[s
     report, timeline, memory = candidate.report, candidate.report.timeline, candidate.report.memory
     assert timeline is not None, "only hardware whose speed is known is compared"
     cost = comparison.cost(candidate)
+    waits = timeline.exposed_communication_seconds
     return [
         str(number),
         candidate.name,
         f"{bytes_text(memory.peak)} of {bytes_text(memory.limit)}" if memory else "?",
         seconds_text(timeline.step_seconds),
         f"{seconds_text(timeline.low)} - {seconds_text(timeline.high)}",
-        f"{seconds_text(timeline.exposed_communication_seconds)} "
-        f"({timeline.exposed_communication_seconds / timeline.step_seconds:.0%})",
+        f"{seconds_text(waits)} ({waits / timeline.step_seconds:.0%})",
         f"{report.mfu:.1%}" if report.mfu is not None else "?",
         f"{report.tokens_per_second:,.0f}" if report.tokens_per_second is not None else "?",
         f"{comparison.days(candidate):,.3g}",

@@ -67,7 +67,10 @@ def _differences(first: Report, second: Report) -> list[str]:
         found.append((abs(a[0] - b[0]), text))
     compute = [each.timeline.compute_seconds if each.timeline else 0.0 for each in (first, second)]
     found.append(
-        (abs(compute[0] - compute[1]), f"it computes for {seconds_text(compute[0])}, the other for {seconds_text(compute[1])}")
+        (
+            abs(compute[0] - compute[1]),
+            f"it computes for {seconds_text(compute[0])}, the other for {seconds_text(compute[1])}",
+        )
     )
     least = 0.002 * max(each.timeline.step_seconds if each.timeline else 0.0 for each in (first, second))
     return [text for size, text in sorted(found, key=lambda each: -each[0]) if size > least]
@@ -88,4 +91,10 @@ def _wire(row: Row) -> float:
 
 
 def seconds_text(seconds: float) -> str:
-    return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1e3:.3g} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.3g} µs"
+    return (
+        f"{seconds:.2f} s"
+        if seconds >= 1
+        else f"{seconds * 1e3:.3g} ms"
+        if seconds >= 1e-3
+        else f"{seconds * 1e6:.3g} µs"
+    )

@@ -40,12 +40,12 @@ def scaled(recipe: Recipe, batch: int | str | None, seq: int | None) -> Recipe:
     if batch is None and seq is None:
         return recipe
     old = sequence_length(recipe)
-    if seq is not None and (seq < 1 or old is None):
+    if seq is not None and seq < 1:
+        raise StepError(f"compare: seq={seq}. Give the tokens of a sequence, at least 1.")
+    if seq is not None and old is None:
         raise StepError(
-            f"compare: seq={seq}, but the batch {_shapes(recipe)} has no array of integers [batch, sequence]. Leave seq "
-            "out, or give a recipe with such a batch."
-            if old is None
-            else f"compare: seq={seq}. Give the tokens of a sequence, at least 1."
+            f"compare: seq={seq}, but the batch {_shapes(recipe)} has no array of integers [batch, sequence]. Leave "
+            "seq out, or give a recipe with such a batch."
         )
     length = old if seq is None else seq
     rows = recipe.batch_size if batch is None else _rows(batch, length)
@@ -71,7 +71,7 @@ def sequence_length(recipe: Recipe) -> int | None:
     return None
 
 
-def number(said: int | float | str) -> int:
+def number(said: float | str) -> int:
     """A number of tokens to train on: `"300B"`, `"1T"`.
 
     Example:
@@ -79,7 +79,7 @@ def number(said: int | float | str) -> int:
         >>> number("1T"), number("2.5B")
         (1000000000000, 2500000000)
     """
-    if isinstance(said, int | float):
+    if not isinstance(said, str):
         return int(said)
     match = re.fullmatch(r"([\d_,]*\.?\d+)\s*([kmgbt]?)", said.strip().lower())
     if match is None:

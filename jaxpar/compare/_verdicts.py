@@ -1,5 +1,6 @@
 """What a comparison concludes, in sentences."""
 
+import itertools
 from typing import TYPE_CHECKING
 
 from .._plan_text import bytes_text
@@ -15,7 +16,7 @@ def verdicts(comparison: "Comparison") -> tuple[str, ...]:
     said = []
     several = len(comparison.targets) > 1
     for target in comparison.targets:
-        here = comparison.of(target)
+        here = list(comparison.of(target))
         prefix = f"{target}: " if several else ""
         if not here:
             said.append(f"{prefix}no mesh fits; see the reasons.")
@@ -23,7 +24,7 @@ def verdicts(comparison: "Comparison") -> tuple[str, ...]:
         if len(here) > 1:
             said.append(prefix + why(here[0], here[1]))
         said += [prefix + each for each in (_simplicity(here[0]), _order(here)) if each]
-    firsts = [comparison.of(target)[0] for target in comparison.targets if comparison.of(target)]
+    firsts = [each for target in comparison.targets for each in comparison.of(target)[:1]]
     if len(firsts) > 1:
         said.append(_across(comparison, firsts))
     return tuple(said)
@@ -40,10 +41,10 @@ def _simplicity(best: Candidate) -> str:
     )
 
 
-def _order(here: tuple[Candidate, ...]) -> str:
+def _order(here: list[Candidate]) -> str:
     """Whether the compiled meshes are in the order of their estimates, and if not, why."""
     compiled = [each for each in here if each.is_compiled]
-    for first, second in zip(compiled, compiled[1:], strict=False):
+    for first, second in itertools.pairwise(compiled):
         mine, theirs = first.estimate.timeline, second.estimate.timeline
         if mine is None or theirs is None or mine.step_seconds <= theirs.step_seconds * 1.0001:
             continue

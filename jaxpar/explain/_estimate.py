@@ -4,8 +4,8 @@ It takes one trace of the loss, which serves every mesh, and milliseconds for ea
 and made for ranking meshes: what it leaves out, it leaves out on every mesh alike.
 
 - *Traffic* is `Plan.moves` of every parameter, and what a split vocabulary moves.
-- *Memory* is what the plan stores, the batch, and the fullest moment of the gradient's own arrays, each cut as `_spread`
-  finds: the saved activations and the work of one layer, with the weights that are gathered for it.
+- *Memory* is what the plan stores, the batch, and the fullest moment of the gradient's own arrays, each cut as
+  `_spread` finds: the saved activations and the work of one layer, with the weights that are gathered for it.
 - *Time*: each operation takes as long as its FLOPs or its bytes need, whichever is longer. Gathered weights and reduced
   gradients hide behind the computation of their pass as far as it reaches; activations, on which the next matrix
   waits, hide behind nothing.
@@ -228,25 +228,24 @@ class _Estimate:
         timeline = Timeline(
             step_seconds=steps[0],
             compute_seconds=compute,
-            communication_seconds=math.fsum(
-                self._transfer(move, middle).seconds * count for _, move, count in moves
-            ),
+            communication_seconds=math.fsum(self._transfer(move, middle).seconds * count for _, move, count in moves),
             exposed_communication_seconds=steps[0] - compute,
             bubble_seconds=0.0,
             low=steps[1],
             high=steps[2],
             events=(*events, *self._lanes(moves, forward[0])),
-            notes=(
-                f"matrix products reach {MATMUL[self.hardware.kind][0]:.0%} of the peak, memory {middle.memory:.0%} of "
-                f"its bandwidth; weights and gradients hide behind {HIDDEN[0]:.0%} of their pass, activations not at "
-                "all",
-            ),
+            notes=(self._assumed(),),
         )
         return timeline, tuple(self._row(at, *each, exposed[0][at]) for at, each in enumerate(moves))
 
-    def _exposed(
-        self, at: int, moves: list[tuple[Record, Move, int]], forward: float, backward: float
-    ) -> list[float]:
+    def _assumed(self) -> str:
+        return (
+            f"matrix products reach {MATMUL[self.hardware.kind][0]:.0%} of the peak, memory "
+            f"{_coefficients()[0].memory:.0%} of its bandwidth; weights and gradients hide behind {HIDDEN[0]:.0%} of "
+            "their pass, activations not at all"
+        )
+
+    def _exposed(self, at: int, moves: list[tuple[Record, Move, int]], forward: float, backward: float) -> list[float]:
         """Of each move, all its runs together, how long the device waits for it."""
         known = _coefficients()[at]
         found = [self._transfer(move, known).seconds * count for _, move, count in moves]
@@ -303,7 +302,10 @@ class _Estimate:
         peak, bandwidth = self.hardware.peak_flops(dtype or "bfloat16"), self.hardware.hbm_bandwidth
         if not peak or not bandwidth:
             return 0.0, 0.0, 0.0
-        each = [max(flops / peak / MATMUL[self.hardware.kind][at], moved / bandwidth / _coefficients()[at].memory) for at in range(3)]
+        each = [
+            max(flops / peak / MATMUL[self.hardware.kind][at], moved / bandwidth / _coefficients()[at].memory)
+            for at in range(3)
+        ]
         return each[0], each[1], each[2]
 
     def _op_flops(self, op: Op) -> tuple[float, str]:
