@@ -9,6 +9,7 @@ import functools as ft
 import math
 import pathlib
 import re
+from collections.abc import Iterator
 
 BITS = {
     "pred": 8, "token": 0, "opaque": 0,
@@ -24,10 +25,15 @@ Place = tuple[str, str]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Shape:
-    """One array in HLO: the per-device shape."""
+    """One array in HLO: the per-device shape.
+
+    `space` is the memory that its layout names (`S(1)`): on TPU 0 is HBM, 1 is VMEM, 5 is the host's; 0 where the text
+    does not say. It is no part of what makes two shapes equal.
+    """
 
     dtype: str
     dims: tuple[int, ...]
+    space: int = dataclasses.field(default=0, compare=False)
 
     @property
     def size(self) -> int:
@@ -150,8 +156,9 @@ _CALLING = {
 _NAME = re.compile(r"[\w.\-]+")
 _HEADER = re.compile(r"^(ENTRY\s+)?%?([\w.\-]+)\s*(?:\(.*)?\{\s*$")
 _OP = re.compile(r"^\s+(ROOT\s+)?%?([\w.\-]+)\s+=\s+")
+_NEXT = re.compile(r"^\s+(ROOT\s+)?%?[\w.\-]+\s+=\s+|^(ENTRY\s+)?%?[\w.\-]+\s+\(|^}\s*$")
 _OPCODE = re.compile(r"\s*([\w\-]+)\(")
-_ARRAY = re.compile(r"\b([a-z]\w*)\[([^\]]*)\]|\b(token)\b")
+_ARRAY = re.compile(r"\b([a-z]\w*)\[([^\]]*)\](?:\{[^{}]*?S\((\d+)\)[^{}]*\})?|\b(token)\b")
 _COMMENT = re.compile(r"/\*.*?\*/")
 _OPERAND = re.compile(r"%?([\w.\-]+)\s*$")
 _TABLE = re.compile(r"^(FileNames|FunctionNames|FileLocations|StackFrames)\s*$")
@@ -168,7 +175,7 @@ def parse(text: str) -> Program:
     table: list[str] | None = None
     current, root = "", ""
     ops: dict[str, Op] = {}
-    for number, line in enumerate(text.splitlines(), start=1):
+    for number, line in _lines(text):
         if current:
             if line.startswith("}"):
                 computations[current] = Computation(name=current, ops=ops, root=root)
@@ -212,12 +219,39 @@ def parse(text: str) -> Program:
     )
 
 
+def _lines(text: str) -> Iterator[tuple[int, str]]:
+    """The lines of `text` with their numbers; one that its own brackets leave open is joined with what follows.
+
+    XLA:TPU breaks `kernel_metadata={` of a Pallas kernel over three lines, the last of which looks like the end of a
+    computation.
+    """
+    held, first = "", 0
+    for number, line in enumerate(text.splitlines(), start=1):
+        if held:
+            if _NEXT.match(line):  # never closed: the text was cut
+                yield first, held
+                held = ""
+            else:
+                held += line
+                if not line.startswith("}}"):
+                    continue
+                yield first, held
+                held = ""
+                continue
+        if line.endswith("={"):
+            held, first = line, number
+        else:
+            yield number, line
+    if held:
+        yield first, held
+
+
 def arrays_in(text: str) -> tuple[Shape, ...]:
     """Every array type written in `text`, in order."""
     found = []
-    for dtype, dims, token in _ARRAY.findall(text):
+    for dtype, dims, space, token in _ARRAY.findall(text):
         sizes = tuple(int(size.lstrip("<=") or 0) for size in dims.split(",") if size.strip(" <=").isdigit())
-        found.append(Shape(dtype=token or dtype, dims=sizes))
+        found.append(Shape(dtype=token or dtype, dims=sizes, space=int(space or 0)))
     return tuple(found)
 
 
