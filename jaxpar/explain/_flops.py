@@ -272,7 +272,7 @@ class _Counter:
             return [_UNKNOWN] * len(eqn.outvars)
         if str(eqn.outvars[0].aval.dtype) == "bool":
             return [_Value(mask=any(value.mask for value in given))]
-        like = [value for var, value in zip(eqn.invars, given, strict=True) if var.aval.shape == shape]
+        like = [value for var, value in zip(eqn.invars, given, strict=True) if len(var.aval.shape) == len(shape)]
         masked = any(value.masked for value in like) or (primitive == "select_n" and given[0].mask)
         products = tuple({id(each): each for value in like for each in value.products}.values())
         if masked:

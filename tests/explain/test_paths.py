@@ -161,7 +161,7 @@ def linen_step(scan):
         (
             lambda: linen_step(True),
             {"params.blocks.Dense_0", "params.blocks.Dense_1", "params.head"},
-            {"params.blocks.Dense_0"},
+            {"params.blocks.Dense_1"},  # the inner one: Linen counts them as they are made
         ),
     ],
     ids=["nnx", "nnx scanned", "linen", "linen scanned"],
