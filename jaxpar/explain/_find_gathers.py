@@ -100,7 +100,7 @@ def activations_gathered(seen: Evidence) -> Iterator[Finding]:
         and not _was_asked_for(each.first.op_name)
         and bits_of(seen.compiled.axes, each.first.axes) & splits_batch
         and seen.varying.operand_bits(each.op, 0) & BATCH
-        and each.op.name not in seen.pieces
+        and not _is_state(seen, each)
         and _is_multiplied(seen, each)
     ]
     if not found or seen.share(found) < SLIGHT:
@@ -213,6 +213,12 @@ def _is_cut_into_layers(seen: Evidence, transfer: Transfer) -> bool:
         and seen.counts.get((use.computation, use.name), 0) > 1
         for use, index in trail.uses
     )
+
+
+def _is_state(seen: Evidence, transfer: Transfer) -> bool:
+    """Whether what is gathered is a weight, or other state, as it is given."""
+    number = seen.pieces.get(transfer.op.name)
+    return number is not None and seen.arguments[number].kind != "batch"
 
 
 def _is_multiplied(seen: Evidence, transfer: Transfer) -> bool:

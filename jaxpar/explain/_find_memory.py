@@ -78,7 +78,7 @@ def _change_that_fits(seen: Evidence, held: list[Held], excess: int) -> str:
     by_kind: dict[str, int] = {}
     for each in held:
         by_kind[each.kind] = by_kind.get(each.kind, 0) + each.bytes
-    choices = list(_changes(seen, by_kind))
+    choices = [each for each in _changes(seen, by_kind) if each[0] >= _WASTED * excess]
     fitting = next((each for each in choices if each[0] >= excess), None)
     if fitting is not None:
         return f"{fitting[1]} saves about {amount(fitting[0])} and fits."
