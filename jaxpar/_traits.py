@@ -58,15 +58,26 @@ def contracted(jaxpr: Any) -> set[int]:
 
     What optimisers and averages do to a parameter, element by element, is none of these.
     """
-    return _contracted(jaxpr, [{index} for index in range(len(jaxpr.invars))])[0]
+    return _reach(jaxpr, [{index} for index in range(len(jaxpr.invars))], _CONTRACTIONS, ("sharding_constraint",))[0]
 
 
-_CONTRACTIONS = ("dot_general", "conv_general_dilated", "gather", "ragged_dot", "ragged_dot_general")
+def looked_up(jaxpr: Any) -> set[int]:
+    """Which inputs reach a lookup by index, as they are or gathered: tables, and the indices."""
+    return _reach(jaxpr, [{index} for index in range(len(jaxpr.invars))], ("gather",), _PRODUCTS)[0]
+
+
+_PRODUCTS = ("dot_general", "conv_general_dilated", "ragged_dot", "ragged_dot_general")
+_CONTRACTIONS = (*_PRODUCTS, "gather")
 _PIECES = ("slice", "dynamic_slice", "squeeze", "split")
 
 
-def _contracted(jaxpr: Any, inputs: list[set[int]]) -> tuple[set[int], list[set[int]]]:
-    """What is contracted, and what each output still is, given what each input of `jaxpr` is."""
+def _reach(
+    jaxpr: Any, inputs: list[set[int]], ends: tuple[str, ...], barriers: tuple[str, ...]
+) -> tuple[set[int], list[set[int]]]:
+    """What reaches a primitive named in `ends`, and what each output still is, given what each input of `jaxpr` is.
+
+    Nothing passes the primitives named in `barriers`.
+    """
     is_of = dict(zip(jaxpr.invars, inputs, strict=True))
     found: set[int] = set()
 
@@ -75,15 +86,15 @@ def _contracted(jaxpr: Any, inputs: list[set[int]]) -> tuple[set[int], list[set[
 
     for eqn in jaxpr.eqns:
         given = [of(var) for var in eqn.invars]
-        if not any(given) or eqn.primitive.name == "sharding_constraint":
+        if not any(given) or eqn.primitive.name in barriers:
             continue
         for sub in _subs(eqn):
             inner = given[-len(sub.invars) :] if len(sub.invars) <= len(given) else [set() for _ in sub.invars]
-            more, outputs = _contracted(sub, inner)
+            more, outputs = _reach(sub, inner, ends, barriers)
             found |= more
             if len(outputs) == len(eqn.outvars):
                 is_of |= {var: of(var) | out for var, out in zip(eqn.outvars, outputs, strict=True)}
-        if eqn.primitive.name in _CONTRACTIONS:
+        if eqn.primitive.name in ends:
             found |= set().union(*given)
         elif not _subs(eqn):
             for out in eqn.outvars:
