@@ -141,7 +141,7 @@ def test_reduction_in_an_accumulation_loop(model, scanned):
     total = LAYERS * 2 * D * F * 4
     assert found.severity == "warning"
     assert f"in each of {ROUNDS} rounds" in found.reason
-    assert f"{ROUNDS * total // 1024} KiB a step" in found.reason
+    assert f"{ROUNDS * total / 1024} KiB a step" in found.reason
     assert found.place.split(" at ")[0].rpartition(".")[2] == "kernel"
     assert is_line_of(found.place, Layer if model is nnx_model else LinenLayer)
     assert "accumulate=4" in found.remedy
