@@ -16,7 +16,8 @@ from ._birth import no_eager_sharding
 from ._calls import Call, Place, Result
 from ._errors import ShardingError, StepError, listed
 from ._plan import TABLE, Record, gradient_route
-from ._planned import Traced
+from ._plan_text import bytes_text
+from ._planned import GATHERED, LAYER_GATHERED, Traced
 from ._slots import Match
 from .parallel import TP
 
@@ -262,6 +263,7 @@ class StepFunction:
         if self._must_read:
             self._check_reads(found, call, _traits.contracted(jaxpr.jaxpr))
             self._check_sequence(region, jaxpr.jaxpr)
+            self._note_gathers(region, found, call, jaxpr.jaxpr)
         result: Result = traced["result"]
         num = call.num_node_arrays
         before, after = jaxpr.jaxpr.invars[:num], jaxpr.jaxpr.outvars[:num]
@@ -366,6 +368,44 @@ class StepFunction:
         }
         return frozenset(maybe[index] for index in _traits.looked_up(jaxpr) & maybe.keys()) if maybe else frozenset()
 
+    def _note_gathers(self, region: Traced, found: list[Match | None], call: Call, jaxpr: Any) -> None:
+        """What a reader should know of how the parameters of plain pytrees are gathered."""
+        moved = {
+            index: match.record
+            for index, (place, match) in enumerate(zip(call.places, found, strict=True))
+            if match is not None and place.kind is None and not place.is_slot and _is_moved(match.record)
+        }
+        if not moved:
+            return
+        met = _traits.tags_met(jaxpr, (GATHERED, LAYER_GATHERED))
+        ways = {index: met[index] for index in moved if index in met}
+        twice = [moved[index].path for index, way in ways.items() if any(len(names) > 1 for names in way)]
+        stacked = {index: way for index, way in ways.items() if moved[index].layers}
+        whole = [moved[index] for index, way in stacked.items() if (GATHERED,) in way]
+        apart = [moved[index].path for index, way in stacked.items() if way == {(LAYER_GATHERED,)}]
+        if apart:
+            region.notes.append(f"gathered one layer at a time, where the loss calls jp.gather: {_few(apart)}")
+        if whole:
+            size = sum(
+                math.prod(self.plan.local_shape(each.shape, each.compute)) * each.dtype.itemsize for each in whole
+            )
+            region.notes.append(
+                f"gathered whole, all layers at once, {bytes_text(size)} a device: {_few([each.path for each in whole])}. "
+                "To hold one layer at a time, call jp.gather(layer) in the body of the scan over them, and jp.remat it"
+            )
+        if twice:
+            self._warn(region, f"gathered, and then gathered again: {_few(twice)}. Call jp.gather once for each use")
+        if _traits.kept_by_scans(jaxpr, LAYER_GATHERED):
+            self._warn(
+                region,
+                "layers gathered in a scan are all kept whole for its backward pass. Rematerialise its body: "
+                'jax.lax.scan(jp.remat(body, "full"), ...)',
+            )
+
+    def _warn(self, region: Traced, note: str) -> None:
+        region.notes.append(note)
+        logger.warning("%s: %s.", self.__name__, note)
+
     def _check_sequence(self, region: Traced, jaxpr: Any) -> None:
         strategy = self.plan.strategy(TP)
         if strategy is None or not strategy.sequence or "seq" in region.dims:
@@ -377,6 +417,14 @@ class StepFunction:
                 'jp.constrain(x, "batch", "seq", "embed"), or stack its blocks, FSDP(blocks="blocks.*") or jp.Stack; '
                 "or leave sequence out."
             )
+
+
+def _is_moved(record: Record) -> bool:
+    return record.slot in ("parameter", "frozen") and record.compute != record.storage
+
+
+def _few(paths: list[str]) -> str:
+    return ", ".join(paths[:3]) + (f" and {len(paths) - 3} more" if len(paths) > 3 else "")
 
 
 def _apart(arrays: list[Any], donated: tuple[int, ...]) -> list[Any]:

@@ -186,9 +186,12 @@ class _Estimate:
                         begin(source, self._read_bytes(source), "temporary", at)
             for value in op.outputs:
                 if not value.virtual:
-                    saved = top and not op.backward and value.last >= 0 and block.ops[
-                        min(value.last, len(block.ops) - 1)
-                    ].backward
+                    saved = (
+                        top
+                        and not op.backward
+                        and value.last >= 0
+                        and block.ops[min(value.last, len(block.ops) - 1)].backward
+                    )
                     kind = "gradient" if value.kind == "gradient" else "activation" if saved else "temporary"
                     begin(value, self._held(value), kind, at)
             inner = max((self._fullest(each) for each in op.blocks), key=lambda each: each.total, default=_Moment())
@@ -352,7 +355,9 @@ class _Estimate:
         width = record.shape[1 - split[0]] * np.dtype(record.compute_dtype).itemsize
         is_table = split[0] == 0
         has_head = any(
-            len(other.shape) == 2 and other.path != record.path and not other.layers
+            len(other.shape) == 2
+            and other.path != record.path
+            and not other.layers
             and other.shape == record.shape[::-1]
             for other in self.plan.parameters
         )

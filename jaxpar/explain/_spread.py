@@ -33,9 +33,7 @@ class Spread:
 
     def shape(self, value: Value) -> tuple[int, ...]:
         """One device's piece of `value`."""
-        return tuple(
-            -(-size // self._count(axes)) for size, axes in zip(value.shape, self.split(value), strict=True)
-        )
+        return tuple(-(-size // self._count(axes)) for size, axes in zip(value.shape, self.split(value), strict=True))
 
     def size(self, value: Value) -> int:
         """Elements of one device's piece."""
@@ -97,7 +95,9 @@ def _alike(spread: Spread, op: Op) -> list[Split]:
     made = []
     for out in op.outputs:
         found = [
-            tuple(axes if size == whole else () for size, whole, axes in zip(value.shape, out.shape, split, strict=True))
+            tuple(
+                axes if size == whole else () for size, whole, axes in zip(value.shape, out.shape, split, strict=True)
+            )
             for value, split in zip(op.inputs, spread.given(op), strict=True)
             if value is not None and len(value.shape) == len(out.shape)
         ]
@@ -268,9 +268,7 @@ def _while(spread: Spread, op: Op) -> list[Split]:
 
 def _cond(spread: Spread, op: Op) -> list[Split]:
     found = [spread.run(block, _filled(spread, block, op.inputs[1:])) for block in op.blocks]
-    return [
-        _merged([splits[at] for splits in found], len(out.shape)) for at, out in enumerate(op.outputs)
-    ]
+    return [_merged([splits[at] for splits in found], len(out.shape)) for at, out in enumerate(op.outputs)]
 
 
 def _filled(spread: Spread, block: Block, values: Sequence[Value | None]) -> list[Split]:

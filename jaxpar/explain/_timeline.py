@@ -127,9 +127,7 @@ def predict(module: Module, compiled: Compiled) -> Timeline | None:
         events=_folded(middle.events, middle.now),
         ops=tuple(middle.ops.values()),
         exposed=dict(middle.exposed),
-        transfers={
-            place: (each.seconds, each.wire_bytes, each.algorithm) for place, each in middle.transfers.items()
-        },
+        transfers={place: (each.seconds, each.wire_bytes, each.algorithm) for place, each in middle.transfers.items()},
         notes=tuple(dict.fromkeys((*schedule.notes, *middle.notes))),
     )
 
@@ -525,9 +523,7 @@ class _Run:
 
     def _event(self, lane: str, start: float, took: float, name: str, op: Op | None) -> None:
         path = "" if op is None else self.schedule.paths.of(self.schedule.module.origin(op)[0]).path
-        self.events.append(
-            Event(lane=lane, start=start, seconds=took, count=1, name=name, path=path, depth=self.depth)
-        )
+        self.events.append(Event(lane=lane, start=start, seconds=took, count=1, name=name, path=path, depth=self.depth))
 
 
 def _meeting(op: Op) -> object:

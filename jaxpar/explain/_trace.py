@@ -136,9 +136,7 @@ def key_of(program: Program) -> Any:
 def trace(program: Program) -> Trace:
     """Trace the gradient of the loss of `program` over its whole batch. Allocates nothing."""
     recipe, plan = program.recipe, program.plan
-    shapes = {
-        path: jax.ShapeDtypeStruct(record.shape, record.compute_dtype) for path, record in plan.records.items()
-    }
+    shapes = {path: jax.ShapeDtypeStruct(record.shape, record.compute_dtype) for path, record in plan.records.items()}
     trained = {path for path, record in plan.records.items() if record.slot == "parameter"}
     batch = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(np.shape(leaf), leaf.dtype), recipe.batch)
 
