@@ -192,7 +192,7 @@ def _role(want: _Want) -> tuple[str, str]:
 
 
 def _rank(want: _Want, each: Collective) -> tuple[bool, ...]:
-    """Better candidates first: with runs left, in a loop over layers or not, of the pass and leaf that the name tells."""
+    """Better candidates first: with runs left, in a loop over layers or not, of the pass and leaf of the name."""
     is_out = bool(want.record.layers) > bool(each.depth)
     return (
         want.left <= 0,

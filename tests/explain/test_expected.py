@@ -1,4 +1,4 @@
-"""Small programs, each strategy alone and combined: their collectives follow by hand, and each is a move of the plan."""
+"""Small programs, each strategy alone and combined: collectives follow by hand, and each is a move of the plan."""
 
 import collections
 import dataclasses
