@@ -130,13 +130,15 @@ def activations_gathered(seen: Evidence) -> Iterator[Finding]:
 
 def resharded(seen: Evidence) -> Iterator[Finding]:
     """Activations laid out anew where neither an annotation nor the plan asks for it, and it weighs."""
+    windows = {each.first.op_name for each in seen.transfers if "windowed_dot_general" in each.op.computation}
     for transfer in seen.transfers:
         first, row = transfer.first, transfer.row
-        if first.kind not in ("all-to-all", "collective-permute") or "windowed_dot_general" in transfer.op.computation:
+        if first.kind not in ("all-to-all", "collective-permute") or first.op_name in windows:
             continue
         asked = _was_asked_for(first.op_name) or bool(row is not None and row.expected)
         share = seen.share([transfer])
-        if asked or share < SLIGHT or not seen.varying.operand_bits(transfer.op, 0) & BATCH:
+        is_activation = seen.varying.operand_bits(transfer.op, 0) & BATCH and not _is_state(seen, transfer)
+        if asked or share < SLIGHT or not is_activation:
             continue
         yield Finding(
             kind="reshard",
