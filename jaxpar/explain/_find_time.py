@@ -116,7 +116,7 @@ def windowed_einsums(seen: Evidence) -> Iterator[Finding]:
             f"({seconds_text(plain)}): at this shape the windows are too narrow."
         ),
         place=seen.place(worst),
-        remedy=_NO_WINDOWS,
+        remedy=_no_windows(seen),
         seconds=spent - plain,
     )
 
@@ -125,10 +125,6 @@ _EXPOSED_NOTE, _EXPOSED_WARNING = 0.1, 0.25
 _SMALL = 64 * 2**10  # below it a collective's time is that of its start, on every interconnect that we know
 _MANY = 16
 _PLAIN = 0.75  # of the peak: what XLA:TPU's own cycles say of large matmuls is 0.75 to 0.95
-_NO_WINDOWS = (
-    'Have matmuls in one piece: plan.jit(compiler_options={"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}), '
-    "the same in jax.jit or a Recipe."
-)
 
 
 def _hide(seen: Evidence, axes: tuple[str, ...], worst: Transfer) -> str:
@@ -137,7 +133,7 @@ def _hide(seen: Evidence, axes: tuple[str, ...], worst: Transfer) -> str:
     first = worst.first
     fewer = f"a smaller axis than {named(axes)} = {size}"
     if "windowed_dot_general" in worst.op.computation:
-        return _NO_WINDOWS
+        return _no_windows(seen)
     if "pipe" in axes:
         return (
             "Use more microbatches, jp.PP(microbatches=...), so that a permute hides behind the computation of others."
@@ -155,9 +151,19 @@ def _hide(seen: Evidence, axes: tuple[str, ...], worst: Transfer) -> str:
             f"devices on {named(axes)} and the rest on another axis); or gather in bfloat16, "
             'jp.plan(..., precision=jp.Precision(compute="bfloat16")).'
         )
+    if first.kind == "all-reduce":
+        return (
+            f"Use {fewer}, with the devices on an axis that moves less; jp.TP(sequence=True) halves what an all-reduce "
+            "of activations exposes."
+        )
+    return f"Look for another finding at this place that tells how to avoid it; else use {fewer}."
+
+
+def _no_windows(seen: Evidence) -> str:
     return (
-        f"Use {fewer}, with the devices on an axis that moves less; jp.TP(sequence=True) halves what an all-reduce of "
-        "activations exposes."
+        "Have matmuls in one piece: plan.jit(compiler_options=jp.compiler_options("
+        f'"{seen.compiled.hardware.chip.name}", "no-windowed-einsum")), the same in a Recipe; in plain JAX '
+        'jax.jit(compiler_options={"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}).'
     )
 
 

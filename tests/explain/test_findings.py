@@ -304,7 +304,7 @@ def test_the_compiler_s_own_complaint_is_a_finding():
 
 
 def test_activations_gathered_along_the_batch():
-    """FSDP by placement alone: at few tokens the compiler moves activations. Where weights are read whole, they move."""
+    """FSDP by placement alone: at few tokens the compiler moves activations; of weights read whole, the weights."""
     on = mesh(fsdp=8)
 
     def step(params, batch, *, read):
@@ -462,6 +462,23 @@ def test_a_large_parameter_left_whole_and_its_products():
     assert f"f32[{ROWS},{8 * D}]" in finding.reason
     assert is_line_of(finding.place, test_a_large_parameter_left_whole_and_its_products)
     assert kinds(run(None, "tensor"), above="none") == set()
+
+
+@pytest.mark.parametrize(("share", "is_dear"), [(0.1, False), (0.3, True)])
+def test_optimiser_state_that_is_whole_everywhere(plain, share, is_dear):
+    """Data parallelism keeps it so on purpose: only where it fills the memory is it worth a note."""
+    size = int(share * plain.hardware.memory)
+    arguments = [
+        dataclasses.replace(each, bytes=size) if each.kind == "optimizer" else each for each in plain.arguments
+    ]
+    found = find(_hlo.read(plain.text), dataclasses.replace(plain, arguments=tuple(arguments)))
+    if not is_dear:
+        assert found == ()
+        return
+    finding = one(found, "replicated")
+    assert finding.severity == "note"
+    assert finding.remedy == 'jp.ZeRO(1, axis="data")'
+    assert finding.bytes == size * 7 // 8
 
 
 def test_data_parallelism_holds_parameters_whole_on_purpose():
@@ -645,7 +662,7 @@ def test_windowed_einsums(name, is_slow):
     assert finding.severity == "warning"
     assert 0 < finding.seconds < timeline.step_seconds
     assert finding.place == "params at model.py:8"
-    assert '"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"' in finding.remedy
+    assert 'jp.compiler_options("v5e", "no-windowed-einsum")' in finding.remedy
 
 
 # ---- good programs, and what is no program
@@ -729,3 +746,23 @@ def test_a_dim_that_no_strategy_reads(plain, name, is_met):
         assert found == ()
         return
     assert "'hidden' (1 leaves)" in one(found, "unmet-constraint").reason
+
+
+@pytest.mark.libtpu
+def test_a_program_for_hardware_that_is_elsewhere(tmp_path):
+    """The compiler's complaints come from its own process, and what the program shows already is not said twice."""
+    on = jp.mesh("v5e:2x4", fsdp=4, tensor=2)
+
+    def step(params, batch):
+        y = jax.lax.with_sharding_constraint(jnp.sin(batch) @ params, NamedSharding(on, P(None, "tensor")))
+        return jax.lax.with_sharding_constraint(jnp.cos(y), NamedSharding(on, P("fsdp")))
+
+    weights, rows = (
+        jax.ShapeDtypeStruct((1024, 1024), np.float32, sharding=NamedSharding(on, spec))
+        for spec in (P(None, "tensor"), P("fsdp"))
+    )
+    finding = one(explain(step, weights, rows, cache=tmp_path).findings, "full-rematerialisation")
+    assert "f32[1024,1024] is gathered over 'tensor', 4.0 MiB on each device" in finding.reason
+    assert is_line_of(finding.place, test_a_program_for_hardware_that_is_elsewhere)
+    (log,) = tmp_path.glob("*/log")
+    assert "Involuntary full rematerialization" in log.read_text()
