@@ -39,8 +39,14 @@ MOST = 2 * 2**30
 _FLAGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "JAX_ENABLE_X64")
 """Variables that change what the compiler makes."""
 
-_ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
-"""For the child: no accelerator is looked for or taken, no cloud is asked, and several may compile at once."""
+_ENVIRONMENT = {
+    "JAX_PLATFORMS": "cpu",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TPU_STDERR_LOG_LEVEL": "1",
+}
+"""For the child: no accelerator is looked for or taken, no cloud is asked, several may compile at once, and libtpu's
+warnings come to us rather than to its own file."""
 
 _logger = logging.getLogger("jaxpar")
 
@@ -100,7 +106,8 @@ def _make(exported: Exported, content: bytes, entry: pathlib.Path) -> None:
         _wait(process, f"{exported.name} for {exported.hardware.spec}")
         _check(exported, part, process.returncode)
         step.unlink()
-        (part / "log").unlink()
+        log = (part / "log").read_text(errors="replace").splitlines()
+        (part / "log").write_text("\n".join(line for line in log if "[SPMD]" in line))  # the partitioner's complaints
         with contextlib.suppress(OSError):  # another process was quicker
             part.rename(entry)
     finally:
@@ -195,6 +202,7 @@ def _read(entry: pathlib.Path, exported: Exported) -> Compiled:
         refusal=result.get("refusal", ""),
         needed=result.get("needed", 0),
         seconds=result["seconds"],
+        log=tuple((entry / "log").read_text().splitlines()) if (entry / "log").exists() else (),
     )
 
 
