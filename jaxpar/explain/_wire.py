@@ -27,6 +27,9 @@ from .._hardware import Hardware
 from .._hlo import MeshAxes
 from ._coefficients import Coefficients
 
+_WAYS = ("up", "down")
+"""The two directions of a side: each has links of its own."""
+
 _CORES = 6.0
 """Rate between the two devices of a 7x chip, in links: docs.cloud.google.com/tpu/docs/tpu7x, "six times"."""
 
@@ -39,7 +42,8 @@ class Transfer:
         seconds: Alone on its links.
         wire_bytes: What one device sends.
         algorithm: In words.
-        lanes: The sides of the slice, or networks, whose links it fills; two transfers share none of these or wait.
+        lanes: The sides and directions of the slice, or networks, whose links it fills; of two transfers that share
+            one, one waits.
     """
 
     seconds: float
@@ -86,7 +90,7 @@ class Fabric:
         if local:
             seconds, said = self._within(kind, num_bytes, local, around.slices, known)
             words.append(said)
-            lanes |= {f"side {at}" for at, each in enumerate(around.sides) if each.count > 1}
+            lanes |= {f"side {at} {way}" for at, each in enumerate(around.sides) if each.count > 1 for way in _WAYS}
         if around.slices > 1:
             inside = members // around.slices
             seconds += self._between(kind, num_bytes, around.slices, inside, known)
@@ -158,11 +162,13 @@ class Fabric:
             words.append("between slices")
         link = self._link(known)
         for at, side in enumerate(self.sides):
-            apart = np.abs(here[:, 1 + at] - there[:, 1 + at])
-            steps = int((np.minimum(apart, side.size - apart) if side.ring else apart).max(initial=0))
+            apart = there[:, 1 + at] - here[:, 1 + at]
+            if side.ring:  # the short way round
+                apart = (apart + side.size // 2) % side.size - side.size // 2
+            steps = int(np.abs(apart).max(initial=0))
             if steps == 0:
                 continue
-            lanes.add(f"side {at}")
+            lanes |= {f"side {at} {way}" for way, some in zip(_WAYS, (apart > 0, apart < 0), strict=True) if some.any()}
             if self.hardware.kind == "gpu":
                 seconds = max(seconds, num_bytes / (self.hardware.chip.links * link) + known.hop)
                 words.append("NVLink")
