@@ -112,10 +112,9 @@ def predict(module: Module, compiled: Compiled) -> Timeline | None:
     middle = _Run(schedule, coefficients(), record=True)
     middle.all()
     faster, slower = 0.0, 0.0
-    for low, high in bounds():
-        ends = [_Run(schedule, each, record=False).all() for each in (low, high)]
-        faster += min(0.0, ends[0] - middle.now) ** 2
-        slower += max(0.0, ends[1] - middle.now) ** 2
+    for fast, slow in bounds():
+        faster += min(0.0, _Run(schedule, fast, record=False).all() - middle.now) ** 2
+        slower += max(0.0, _Run(schedule, slow, record=False).all() - middle.now) ** 2
     return Timeline(
         step_seconds=middle.now,
         compute_seconds=middle.computing,
@@ -446,14 +445,15 @@ class _Run:
     # Transfers.
 
     def _copy(self, op: Op) -> _Load:
-        host = any(shape.space == _HOST for shape in op.shapes) or any(
-            shape.space == _HOST for made in self._operands(op) for shape in made.shapes
-        )
-        arrays = [shape.bytes for shape in op.shapes if shape.dims]
-        moved = min(arrays[:2]) if arrays else 0
-        return _Load(
-            place=(op.computation, op.name), kind="copy", bytes=float(moved), lane="host" if host else "memory"
-        )
+        made = [shape for each in self._operands(op) for shape in each.shapes if shape.dims]
+        arrays = [shape for shape in op.shapes if shape.dims]
+        lane = "memory"
+        if made and made[0].space == _HOST:
+            lane = "to host" if op.opcode.startswith("dynamic-update") else "from host"
+        elif any(shape.space == _HOST for shape in arrays):
+            lane = "to host"
+        moved = min((shape.bytes for shape in (*made, *arrays)), default=0)  # of a slice or an update, the part
+        return _Load(place=(op.computation, op.name), kind="copy", bytes=float(moved), lane=lane)
 
     def _operands(self, op: Op) -> list[Op]:
         ops = self.program.computations[op.computation].ops
@@ -463,7 +463,8 @@ class _Run:
         """Put a transfer on its links as soon as they are free; when it ends."""
         if load.kind == "copy":
             chip = self.schedule.hardware
-            rate = chip.chip.pcie * self.known.host if load.lane == "host" else chip.hbm_bandwidth * self.known.memory
+            inside = load.lane == "memory"
+            rate = chip.hbm_bandwidth * self.known.memory if inside else chip.chip.pcie * self.known.host
             took, lanes = (load.bytes / rate if rate else 0.0), [load.lane]
         else:
             transfer = self.transfers.get(load.place)
