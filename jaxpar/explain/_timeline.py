@@ -172,6 +172,7 @@ class _Schedule:
         self.paths = Paths(each.path for each in compiled.arguments if each.kind in ("parameter", "frozen"))
         self.notes: list[str] = []
         self.costs: dict[_Place, Cost | None] = {}
+        self.named: dict[_Place, str] = {}
         self.timed: dict[str, list[Op]] = {}
         self.counted: dict[_Place, int | None] = {}
         self.loads: dict[_Place, _Load] = {}
@@ -193,6 +194,13 @@ class _Schedule:
             ops = [] if found is None else found.ops.values()
             self.timed[computation] = [op for op in ops if not _hlo.is_free(op)]
         return self.timed[computation]
+
+    def path(self, op: Op) -> str:
+        """Where in the model `op` was made."""
+        place = (op.computation, op.name)
+        if place not in self.named:
+            self.named[place] = self.paths.of(self.module.origin(op)[0]).path
+        return self.named[place]
 
     def trips(self, loop: Op) -> int | None:
         """How often a loop runs its body."""
@@ -523,7 +531,7 @@ class _Run:
         self.now = max(self.now, end)
 
     def _event(self, lane: str, start: float, took: float, name: str, op: Op | None) -> None:
-        path = "" if op is None else self.schedule.paths.of(self.schedule.module.origin(op)[0]).path
+        path = "" if op is None else self.schedule.path(op)
         self.events.append(Event(lane=lane, start=start, seconds=took, count=1, name=name, path=path, depth=self.depth))
 
 
