@@ -169,6 +169,14 @@ def _subs(eqn: Any) -> list[Any]:
     return found
 
 
+def bytes_made(jaxpr: Any) -> int:
+    """Bytes of all that `jaxpr` computes on the way, a loop's rounds in the same place: at least what it needs at once."""
+    here = sum(
+        var.aval.size * var.aval.dtype.itemsize for eqn in jaxpr.eqns for var in eqn.outvars if hasattr(var.aval, "size")
+    )
+    return here + sum(bytes_made(sub) for eqn in jaxpr.eqns for sub in _subs(eqn))
+
+
 def find(jaxpr: Any, names: Any) -> str | None:
     """The first primitive of `jaxpr`, insides too, whose name is among `names`."""
     for eqn in jaxpr.eqns:
