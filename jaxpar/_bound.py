@@ -1,6 +1,7 @@
 """`jp.plan`: from a factory, a mesh and strategies to a plan that makes the model and compiles its steps."""
 
 import dataclasses
+import functools as ft
 import logging
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
@@ -15,7 +16,7 @@ from ._birth import Birth
 from ._calls import optimizer_paths
 from ._context import as_spec, axes_at
 from ._errors import ShardingError, listed
-from ._plan import Plan, Record, as_dtype, axis_sizes
+from ._plan import TABLE, Plan, Record, as_dtype, axis_sizes
 from ._precision import Precision
 from ._slots import Matcher, slot_record, unmatched_note
 from ._step import StepFunction
@@ -98,6 +99,15 @@ def plan(
         birth=birth,
         values=strategies,
         precision=precision,
+        again=ft.partial(
+            plan,
+            factory,
+            strategies=strategies,
+            optimizer=optimizer,
+            trainable=trainable,
+            dims=dims,
+            precision=precision,
+        ),
     )
     slots = None if optimizer is None else bound.records_of(optimizer)
     notes = (*bound.notes, *unmatched_note(slots or {}))
@@ -113,12 +123,14 @@ class BoundPlan(Plan):
         birth: The model before it exists.
         values: The strategies.
         precision: The mixed-precision policy.
+        again: Plans the same for another mesh.
     """
 
     mesh: Any
     birth: Birth
     values: tuple[Strategy, ...]
     precision: Precision
+    again: Callable[..., "BoundPlan"]
     matcher: Matcher = dataclasses.field(init=False)
     reads: set[str] = dataclasses.field(init=False, default_factory=set)
     read_values: dict[Any, Any] = dataclasses.field(init=False, default_factory=dict)
@@ -137,6 +149,10 @@ class BoundPlan(Plan):
         if spec not in self._shardings:
             self._shardings[spec] = NamedSharding(self.mesh, spec)
         return self._shardings[spec]
+
+    def on(self, mesh: AnyMesh) -> "BoundPlan":
+        """The same model and strategies, planned for another mesh."""
+        return self.again(mesh=mesh)
 
     @property
     def batch_sharding(self) -> NamedSharding:
@@ -445,7 +461,7 @@ def _record(path: str, birth: Birth, draft: _rules.Draft, precision: Precision) 
         gradient=as_spec(leaf.gradient),
         slots=as_spec(leaf.slots),
         compute_dtype=as_dtype(precision.compute or shape.dtype) if floating else as_dtype(shape.dtype),
-        role=leaf.role,
+        role=leaf.role or (TABLE if _rules.is_table(leaf) else ""),
         layers=leaf.layers,
         remat=path in birth.remat,
         reasons=tuple(leaf.reasons),

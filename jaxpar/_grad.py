@@ -442,7 +442,7 @@ def _replicated(job: _Job, batch: PyTree, replicas: Axes, region: Region) -> Any
     batches = _interleaved(batch, job, replicas, region)
     params = job.subject.params
     inside = dataclasses.replace(region, replicas=replicas)
-    targets = {path: _gradient_spec(plan, path, leaf) for path, leaf in params.items()}
+    targets = {path: _update_spec(plan, path, leaf) for path, leaf in params.items()}
     inner = {path: as_spec([replicas, *map(axes_at, drop_axes(spec, replicas))]) for path, spec in targets.items()}
 
     def pin(gradients: dict[str, jax.Array]) -> dict[str, jax.Array]:
@@ -517,7 +517,7 @@ def _manual(job: _Job, batch: PyTree, replicas: Axes, region: Region) -> Any:
         out_specs=PartitionSpec(replicas),
     )(params, batches, zeros, sums)
     strategy = plan.strategy(DP)
-    targets = {path: _gradient_spec(plan, path, leaf) for path, leaf in params.items()}
+    targets = {path: _update_spec(plan, path, leaf) for path, leaf in params.items()}
     gradients, sums = reduce_once(
         gradients,
         targets,
@@ -533,6 +533,11 @@ def _manual(job: _Job, batch: PyTree, replicas: Axes, region: Region) -> Any:
 def _gradient_spec(plan: Any, path: str, leaf: Any) -> PartitionSpec:
     match = plan.matcher.match(path, leaf.shape)
     return PartitionSpec() if match is None else match.record.gradient
+
+
+def _update_spec(plan: Any, path: str, leaf: Any) -> PartitionSpec:
+    match = plan.matcher.match(path, leaf.shape)
+    return PartitionSpec() if match is None else match.record.slots
 
 
 def _pinned(gradients: dict[str, jax.Array], region: Region | None) -> dict[str, jax.Array]:

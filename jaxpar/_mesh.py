@@ -127,7 +127,7 @@ def mesh(
     if devices is None:
         device = TargetDevice(here.chip.device_kind, here.chip.cores, here.kind, here, tuple(factors.items()))
         return AbstractMesh(tuple(sizes.values()), tuple(sizes), auto, abstract_device=device)
-    return Mesh(_ordered(devices, sizes, factors), tuple(sizes), auto)
+    return Mesh(ordered(devices, sizes, factors), tuple(sizes), auto)
 
 
 def hardware_of(mesh: AnyMesh) -> Hardware:
@@ -329,7 +329,7 @@ def _dcn_factors(
     return {axis: factor for axis, factor in asked.items() if factor > 1}
 
 
-def _ordered(devices: Sequence[Any], sizes: Mapping[str, int], dcn: Mapping[str, int]) -> np.ndarray:
+def ordered(devices: Sequence[Any], sizes: Mapping[str, int], dcn: Mapping[str, int]) -> np.ndarray:
     """`devices` in the shape of the mesh, so that inner axes lie on the nearest neighbours."""
     shape = tuple(sizes.values())
     devices = sorted(devices, key=_hardware.slice_of)[: math.prod(shape)]

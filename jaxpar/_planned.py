@@ -6,7 +6,8 @@ remat. For nnx modules that is a subclass of each `Variable`'s type, taken on on
 pytrees it is the argument of the loss (`jp.value_and_grad`). The user's own objects never change.
 
 Reading is a cast to the compute dtype on the shard, then the move to the compute spec: a bfloat16 gather costs half of
-a float32 one. Its gradient is constrained to the gradient spec, which is what lets the compiler reduce-scatter.
+a float32 one. Its gradient is cut as the update wants it, which is what lets the compiler reduce-scatter. Reading can be
+differentiated any number of times, forward and backward: see `_Move.tangent`.
 """
 
 import contextlib
@@ -24,7 +25,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from . import _context, _traits, _tree
 from ._context import Region
 from ._errors import ShardingError, listed
-from ._plan import Record
+from ._plan import TABLE, Record, gradient_route
 from ._rules import fold_layers
 from ._slots import Part
 from ._types import PyTree
@@ -41,11 +42,13 @@ class Traced(Region):
         dims: Logical dims of activations that were named.
         notes: What a reader of the step should know.
         values: What each parameter was read as, in each trace inside.
+        tables: Paths of parameters that the step looks up by index, as far as the plan does not say so.
     """
 
     dims: set[str] = dataclasses.field(default_factory=set)
     notes: list[str] = dataclasses.field(default_factory=list)
     values: dict[Any, Any] = dataclasses.field(default_factory=dict)
+    tables: frozenset[str] = frozenset()
 
     def __hash__(self) -> int:
         return hash((id(self.values), self.replicas))
@@ -60,21 +63,24 @@ class _Move:
 
     storage: NamedSharding
     compute: NamedSharding
-    gradient: NamedSharding
-    stored: Any
+    route: tuple[NamedSharding, ...]
     dtype: Any
+    path: str
 
     def forward(self, value: jax.Array) -> jax.Array:
         if self.dtype != value.dtype:
             value = jax.lax.with_sharding_constraint(value.astype(self.dtype), self.storage)
         return jax.lax.with_sharding_constraint(value, self.compute)
 
-    def backward(self, cotangent: jax.Array) -> jax.Array:
-        # Summed first as the parameter was used, then cut: an all-reduce and a slice, which compilers fuse into a
-        # reduce-scatter. Straight to the gradient spec, the partitioner splits an embedding's scatter-add by
-        # vocabulary and gathers activations for it.
-        cotangent = jax.lax.with_sharding_constraint(cotangent.astype(self.stored), self.compute)
-        return jax.lax.with_sharding_constraint(cotangent, self.gradient)
+    def tangent(self, value: jax.Array) -> jax.Array:
+        """The linear map that stands for `forward` under differentiation, written for its transpose.
+
+        A constraint transposes to itself, so a cotangent passes this backwards: widened first, so that it is summed in
+        the stored dtype, then along its route.
+        """
+        for sharding in reversed(self.route):
+            value = jax.lax.with_sharding_constraint(value, sharding)
+        return value.astype(self.dtype)
 
 
 def read(value: jax.Array, record: Record, region: Region, *, layers: int = 0) -> jax.Array:
@@ -86,16 +92,17 @@ def read(value: jax.Array, record: Record, region: Region, *, layers: int = 0) -
         region: Where in the step it is read.
         layers: Leading dims of the record that `value` lacks: 1 inside a scan over layers.
     """
-    storage, compute, gradient = (
-        PartitionSpec(*tuple(spec)[layers:]) for spec in (record.storage, record.compute, record.gradient)
-    )
-    move = _Move(
-        region.sharding(storage),
-        region.sharding(compute),
-        region.sharding(gradient),
-        value.dtype,
-        record.compute_dtype if jnp.issubdtype(value.dtype, jnp.floating) else value.dtype,
-    )
+    plan = region.plan
+    crossed = tuple(axis for axis in region.batch_axes if plan.axes[axis] > 1)
+    table = record.role == TABLE or (isinstance(region, Traced) and record.path in region.tables)
+    route = gradient_route(plan, record, crossed, table=table)
+
+    def here(spec: PartitionSpec) -> NamedSharding:
+        return region.sharding(PartitionSpec(*tuple(spec)[layers:]))
+
+    if not jnp.issubdtype(value.dtype, jnp.floating):
+        return jax.lax.with_sharding_constraint(value, here(record.compute))
+    move = _Move(here(record.storage), here(record.compute), tuple(map(here, route)), record.compute_dtype, record.path)
     return _read(value, move)
 
 
@@ -288,17 +295,19 @@ def _read_variable(variable: Any, value: Any) -> Any:
     return kept[-1][2]
 
 
-@ft.partial(jax.custom_vjp, nondiff_argnums=(1,))
+@ft.partial(jax.custom_jvp, nondiff_argnums=(1,))
 def _read(value: jax.Array, move: _Move) -> jax.Array:
-    return move.forward(value)
+    with jax.named_scope(scope_of(move.path)):
+        return move.forward(value)
 
 
-def _read_forward(value: jax.Array, move: _Move) -> tuple[jax.Array, Any]:
-    return move.forward(value), None
+@_read.defjvp
+def _read_jvp(move: _Move, values: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[jax.Array, jax.Array]:
+    value = _read(values[0], move)
+    with jax.named_scope(scope_of(move.path)):
+        return value, move.tangent(tangents[0])
 
 
-def _read_backward(move: _Move, _: None, cotangent: jax.Array) -> tuple[jax.Array]:
-    return (move.backward(cotangent),)
-
-
-_read.defvjp(_read_forward, _read_backward)
+def scope_of(path: str) -> str:
+    """The scope that names operations by the whole plan path of what they work on, whatever else is open."""
+    return f"@{path}"

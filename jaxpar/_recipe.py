@@ -233,6 +233,25 @@ class Program:
 
         return {"model": model, "optimizer": self.plan.make(make, model)}
 
+    def abstract(self) -> tuple[PyTree, Any, PyTree]:
+        """What `train_step` takes, model, optimiser and batch, as shapes with shardings; allocates nothing."""
+        plan, transform = self.plan, self.recipe.transform()
+        model = plan.abstract()
+        if _tree.is_graph(model):
+            from flax import nnx
+
+            optimizer = nnx.eval_shape(lambda model: nnx.Optimizer(model, transform, wrt=plan.trainable), model)
+        else:
+            optimizer = jax.eval_shape(transform.init, plan.trained(model))
+        whole = plan.sharding(jax.sharding.PartitionSpec())
+        batch = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(
+                np.shape(leaf), leaf.dtype, sharding=plan.batch_sharding if np.ndim(leaf) else whole
+            ),
+            self.recipe.batch,
+        )
+        return model, optimizer, batch
+
     def step(self, state: dict[str, Any], batch: PyTree) -> tuple[dict[str, Any], dict[str, jax.Array]]:
         """One optimiser step: `(state, metrics)`, metrics being `loss`, `weight`, `grad_norm` and what the loss says.
 

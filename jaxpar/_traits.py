@@ -108,7 +108,21 @@ def _is_tag(eqn: Any, tag: str) -> bool:
     return eqn.primitive.name == "name" and eqn.params["name"] == tag
 
 
-_CONTRACTIONS = ("dot_general", "conv_general_dilated", "gather", "ragged_dot", "ragged_dot_general")
+def looked_up(jaxpr: Any) -> set[int]:
+    """Which inputs reach a lookup by index, as they are or gathered: tables, and the indices."""
+    found: set[int] = set()
+
+    def meet(eqn: Any, given: set[Any]) -> set[Any] | None:
+        if eqn.primitive.name == "gather":
+            found.update(given)
+        return set() if eqn.primitive.name in _CONTRACTIONS else None
+
+    _follow(jaxpr, [{index} for index in range(len(jaxpr.invars))], meet)
+    return found
+
+
+_PRODUCTS = ("dot_general", "conv_general_dilated", "ragged_dot", "ragged_dot_general")
+_CONTRACTIONS = (*_PRODUCTS, "gather")
 _PIECES = ("slice", "dynamic_slice", "squeeze", "split")
 
 

@@ -7,7 +7,7 @@ from typing import Annotated
 from tyro.conf import Positional, arg, subcommand
 
 from .._verify import verify
-from . import _doctor, _load, _train
+from . import _doctor, _explain, _load, _train
 
 RECIPE = (
     "MODULE:NAME of a jp.Recipe, or of a function that returns one, in your own code: `models.gpt:demo`. The working "
@@ -111,9 +111,57 @@ class Doctor:
         return 0
 
 
+STEP = "MODULE:NAME of a recipe, or of a function that returns one, or a step and its arguments as a tuple; or "
+OPTIONS = "Compiler options: sets of jp.compiler_options (`no-windowed-einsum`), and XLA's own (`xla_name=value`)."
+
+Options = Annotated[tuple[str, ...], arg(help=OPTIONS)]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Explain:
+    """Compile a step, for hardware that is here or not, and report what it costs: memory, collectives, time."""
+
+    what: Annotated[
+        Positional[str | None], arg(metavar="MODULE:NAME|FILE", help=STEP + "a file that `jaxpar export` wrote.")
+    ] = None
+    mesh: Mesh = None
+    hlo: pathlib.Path | None = None
+    """Explain HLO text that something else compiled, plain, .xz or .gz, instead."""
+    target: str | None = None
+    """What --hlo was compiled for: hardware (`v5e:16x16`), or a mesh as for --mesh."""
+    options: Options = ()
+    json: bool = False
+    """Print the whole report as one JSON object."""
+    html: pathlib.Path | None = None
+    """Also write it here, as one HTML file."""
+    cache: pathlib.Path | None = None
+    """Where compiled programs are kept; by default in the user's cache directory."""
+
+    def run(self) -> int:
+        """Print the report."""
+        return _explain.run_explain(self)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Export:
+    """Write a step, lowered for a mesh, to a file: for `jaxpar explain FILE` where that hardware's compiler is."""
+
+    recipe: Recipe
+    mesh: Mesh = None
+    output: Annotated[pathlib.Path, arg(aliases=["-o"])]
+    """The file."""
+    options: Options = ()
+
+    def run(self) -> int:
+        """Write the file."""
+        return _explain.run_export(self)
+
+
 Command = (
     Annotated[Train, subcommand("train")]
     | Annotated[Plan, subcommand("plan")]
     | Annotated[Verify, subcommand("verify")]
+    | Annotated[Explain, subcommand("explain")]
+    | Annotated[Export, subcommand("export")]
     | Annotated[Doctor, subcommand("doctor")]
 )
