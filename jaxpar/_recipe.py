@@ -133,8 +133,8 @@ class Recipe:
             batch_size: Rows of the global batch, the first ones of arrays.
 
         Raises:
-            StepError: `batch_size` is not smaller, or `accumulate` does not divide it; nothing is asked for. Later, from
-                `on`: `layers` changes nothing.
+            StepError: `batch_size` is not smaller, or `accumulate` does not divide it; nothing is asked for. From `on`,
+                if `layers` changes nothing.
 
         Example:
             >>> recipe = jp.Recipe(

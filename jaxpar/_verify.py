@@ -54,7 +54,7 @@ def verify(step: Any, *args: Any) -> Comparison:
         The table: prints itself, `.ok`, `.worst`, and `.check()`, which raises if a leaf fails.
 
     Raises:
-        ShardingError: The step does not fit one device, with the bytes, and of a `Program` with a smaller one that does:
+        ShardingError: The step does not fit one device, with the bytes; and for a `Program` a smaller one that does, by
             `recipe.reduced(...)`.
         StepError: It is not a step, or this process is one of several.
 
@@ -406,9 +406,7 @@ def _check_program_fits(program: Program) -> None:
         return
     needs = _needs(program, memory)
     if needs.total > memory:
-        raise ShardingError(
-            f"verifying needs {needs}, which has {bytes_text(memory)}. {_smaller(program, memory)}"
-        )
+        raise ShardingError(f"verifying needs {needs}, which has {bytes_text(memory)}. {_smaller(program, memory)}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -457,7 +455,8 @@ def _needs(program: Program, memory: int) -> _Needs:
     traced = jax.jit(reference).trace(plan.birth.shapes, shapes)
     working = 2 * _traits.bytes_made(traced.jaxpr.jaxpr)  # at most: all of it at once
     if COPIES * held + working > memory:
-        working = 2 * traced.lower().compile().memory_analysis().temp_size_in_bytes
+        found = traced.lower().compile().memory_analysis()
+        working = working if found is None else 2 * found.temp_size_in_bytes
     return _Needs(held=held, working=working)
 
 

@@ -312,8 +312,8 @@ def test_fewer_layers_are_made(strategy):
 def test_fewer_layers_of_a_jitted_factory():
     """JAX keeps the trace of the whole model, and of the smaller one too."""
     make_model = nnx.jit(lambda: jp.Stack(lambda rngs: nnx.Linear(D, D, rngs=rngs), 6, rngs=nnx.Rngs(0)))
-    recipe = make(model=make_model, strategies=[jp.FSDP()])
-    for recipe, layers in ((recipe, 6), (recipe.reduced(layers=2), 2), (recipe, 6)):
+    whole = make(model=make_model, strategies=[jp.FSDP()])
+    for recipe, layers in ((whole, 6), (whole.reduced(layers=2), 2), (whole, 6)):
         assert recipe.on(programs.mesh(fsdp=8)).plan.records["each.kernel"].shape == (layers, D, D)
 
 
@@ -332,8 +332,10 @@ def test_a_smaller_batch():
         ({"layers": 0}, "recipe.reduced: layers is 0. Keep at least one."),
         (
             {"batch_size": 16},
-            "recipe.reduced: batch_size is 16, and the recipe's batch has 16 rows. Give fewer than that, and at least "
-            "one, or leave it out.",
+            (
+                "recipe.reduced: batch_size is 16, and the recipe's batch has 16 rows. Give fewer than that, and at "
+                "least one, or leave it out."
+            ),
         ),
         (
             {"batch_size": 3},
