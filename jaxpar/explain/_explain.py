@@ -121,7 +121,7 @@ def explain_file(path: str | os.PathLike[str], cache: str | os.PathLike[str] | N
     compiled = compile_elsewhere(exported, cache)
     said = exported.flops
     pairs = {name: tuple(map(tuple, said[name])) for name in ("by_path", "by_dtype") if name in said}
-    flops = Flops(**{**said, **pairs}) if said else None
+    flops = Flops(**{**said, **pairs, "notes": tuple(said.get("notes", ()))}) if said else None
     return assemble(compiled, flops=flops, strategies=exported.strategies, notes=exported.notes)
 
 
@@ -159,6 +159,7 @@ def assemble(
     *,
     flops: Flops | None = None,
     plan: Any = None,
+    step: Any = None,
     strategies: tuple[str, ...] = (),
     notes: tuple[str, ...] = (),
     unread: tuple[str, ...] = (),
@@ -169,6 +170,7 @@ def assemble(
         compiled: The program.
         flops: Counted in its jaxpr; else they are counted in the HLO.
         plan: That of the step.
+        step: What `plan.jit` made, if that is what is explained.
         strategies: Of the plan, as text.
         notes: What a reader should know.
         unread: What could not be made before.
@@ -190,7 +192,11 @@ def assemble(
     timeline = part("timeline", lambda: _timeline.predict(module, compiled))
     held = part("memory", lambda: _memory.memory(module, compiled))
     table = part("collectives", lambda: _collectives.rows(module, compiled, timeline, plan)) or ()
-    findings = part("findings", lambda: _findings.find(module, compiled, held, timeline, table, plan)) or ()
+
+    def find() -> tuple[_findings.Finding, ...]:
+        return _findings.find(module, compiled, rows=table, timeline=timeline, memory=held, plan=plan, step=step)
+
+    findings = part("findings", find) or ()
     hardware = compiled.hardware
     return Report(
         name=compiled.name,
@@ -278,7 +284,9 @@ def _kept(compiled: Any, number: int) -> list[int]:
 
 def _assembled(compiled: Compiled, made: Subject, flops: Flops | None, faults: tuple[str, ...]) -> Report:
     strategies = () if made.plan is None else made.plan.strategies
-    report = assemble(compiled, flops=flops, plan=made.plan, strategies=strategies, notes=made.notes, unread=faults)
+    report = assemble(
+        compiled, flops=flops, plan=made.plan, step=made.step, strategies=strategies, notes=made.notes, unread=faults
+    )
     return _refused(report, compiled, made.program) if compiled.refusal else report
 
 
@@ -296,7 +304,10 @@ def _refused(report: Report, compiled: Compiled, program: Any) -> Report:
     if found is None:
         return dataclasses.replace(report, unread=(*report.unread, *faults))
     memory = _reconciled(found.memory, compiled.needed)
-    return dataclasses.replace(report, memory=memory, timeline=found.timeline, unread=(*report.unread, *faults))
+    findings = _findings.find(_hlo.read(""), compiled, memory=memory, plan=program.plan)
+    return dataclasses.replace(
+        report, memory=memory, timeline=found.timeline, findings=findings, unread=(*report.unread, *faults)
+    )
 
 
 def _reconciled(memory: Memory | None, needed: int) -> Memory | None:

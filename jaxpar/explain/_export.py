@@ -158,13 +158,18 @@ def read(path: str | os.PathLike[str]) -> Exported:
         ) from error
     if fields.pop("format") != FORMAT:
         raise StepError(f"{path} was written by another version of jaxpar. Export the step again: jaxpar export.")
-    fields["arguments"] = tuple(Argument(**{**each, "shape": tuple(each["shape"])}) for each in fields["arguments"])
+    fields["arguments"] = tuple(Argument(**{**each, **_tuples(each, "shape", "axes")}) for each in fields["arguments"])
     hardware = fields.pop("hardware")
     chip = Chip(**hardware.pop("chip"))
     topology = tuple(hardware.pop("topology"))
     tuples = ("inputs", "outputs", "donated", "strategies", "notes")
     fields |= {name: tuple(fields[name]) for name in tuples}
     return Exported(**fields, module=module, hardware=Hardware(**hardware, chip=chip, topology=topology))
+
+
+def _tuples(fields: dict[str, Any], *names: str) -> dict[str, Any]:
+    """The lists of JSON that were tuples."""
+    return {name: None if fields[name] is None else tuple(fields[name]) for name in names}
 
 
 def is_exported(path: str | os.PathLike[str]) -> bool:

@@ -125,14 +125,15 @@ def refused_bytes(message: str, arguments: int) -> int:
     """
     whole = re.search(rf"Used {_SIZE} of [\d.]+[KMGT]? ?hbm", message)
     if whole is not None:
-        return _bytes(whole[1])
+        return size_in_bytes(whole[1])
     temporaries = re.search(rf"HLO temporaries \({_SIZE}\) exceeds available HBM", message)
-    return 0 if temporaries is None else _bytes(temporaries[1]) + arguments
+    return 0 if temporaries is None else size_in_bytes(temporaries[1]) + arguments
 
 
 _SIZE = r"([\d.]+[KMGT]?)"
 
 
-def _bytes(text: str) -> int:
+def size_in_bytes(text: str) -> int:
+    """Bytes of a size as XLA prints it, `"20.80G"`."""
     unit = text[-1] if text[-1] in "KMGT" else " "
     return round(float(text.rstrip("KMGT")) * 2 ** (10 * " KMGT".index(unit)))
