@@ -44,7 +44,7 @@ def compile_step(exported: Exported) -> tuple[dict[str, Any], str]:
         result["memory"] = _memory(compiled.memory_analysis())
         text = without_call(compiled.as_text() or "", exported.name)
     except Exception as error:  # whatever a compiler says is for the parent to tell
-        needed = refused_bytes(str(error), sum(each.bytes for each in exported.arguments))
+        needed = refused_bytes(str(error))
         result |= {"refusal": str(error), "needed": needed} if needed else {"error": f"{type(error).__name__}: {error}"}
         text = ""
     result["seconds"] = time.perf_counter() - start

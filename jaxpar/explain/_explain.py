@@ -122,7 +122,10 @@ def explain_file(path: str | os.PathLike[str], cache: str | os.PathLike[str] | N
     said = exported.flops
     pairs = {name: tuple(map(tuple, said[name])) for name in ("by_path", "by_dtype") if name in said}
     flops = Flops(**{**said, **pairs}) if said else None
-    return assemble(compiled, flops=flops, strategies=exported.strategies, notes=exported.notes)
+    notes = exported.notes
+    if exported.version != jax.__version__:
+        notes = (f"Exported by jax {exported.version}, compiled by jax {jax.__version__}.", *notes)
+    return assemble(compiled, flops=flops, strategies=exported.strategies, notes=notes)
 
 
 def explain_text(text: str, mesh: AnyMesh | str, *, name: str = "") -> Report:

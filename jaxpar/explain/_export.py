@@ -53,7 +53,7 @@ class Exported:
         strategies: Of the plan, as text.
         flops: As counted in the step's jaxpr; empty if they were not.
         notes: What a reader of the report should know.
-        jax: The version that exported.
+        version: Of the JAX that exported it.
     """
 
     name: str
@@ -70,7 +70,7 @@ class Exported:
     strategies: tuple[str, ...] = ()
     flops: dict[str, Any] = dataclasses.field(default_factory=dict)
     notes: tuple[str, ...] = ()
-    jax: str = jax.__version__
+    version: str = jax.__version__
 
     def to_bytes(self) -> bytes:
         """The file. Equal steps make equal bytes: it names the entry in the cache of compiled programs."""
@@ -106,7 +106,7 @@ def export(subject: Subject) -> Exported:
                 # Not for keeping: Pallas kernels and cuDNN, which promise no stability, are compiled by this same JAX.
                 disabled_checks=[jax_export.DisabledSafetyCheck.custom_call("ALL")],
             )(*subject.shapes)
-        except (ValueError, NotImplementedError, TypeError) as error:
+        except (ValueError, NotImplementedError, TypeError, AttributeError) as error:
             raise StepError(
                 f"{subject.name} cannot be lowered for {hardware.name}, which is not attached: {error}\nA step that is "
                 "compiled elsewhere may not call back into Python (jax.debug.print, io_callback), close over arrays on "
