@@ -55,6 +55,8 @@ class Chip:
         links: Links to neighbours in the slice.
         link: Bytes/s of one link in one direction.
         dcn: Bytes/s of the chip's share of the network between slices, in one direction.
+        pcie: Bytes/s between the chip and its host, in one direction.
+        clock: Cycles/s of a TensorCore, as XLA:TPU counts them.
     """
 
     name: str
@@ -72,6 +74,8 @@ class Chip:
     links: int = 0
     link: float = 0.0
     dcn: float = 0.0
+    pcie: float = 0.0
+    clock: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -327,6 +331,8 @@ def _chip(name: str) -> Chip:
         links=facts.get("links", 0),
         link=facts.get("link_gb_s", 0) * 1e9,
         dcn=facts.get("dcn_gb_s", 0) * 1e9,
+        pcie=facts.get("pcie_gb_s", 0) * 1e9,
+        clock=facts.get("clock_ghz", 0) * 1e9,
         **{dtype: tflops * 1e12 for dtype, tflops in facts.get("tflops", {}).items()},
     )
 

@@ -15,7 +15,7 @@ from . import _bound, _mesh, _tree
 from ._bound import BoundPlan
 from ._errors import StepError
 from ._grad import differentiate
-from ._planned import gather
+from ._planned import gather_others, gathered_by
 from ._precision import Precision, cast
 from ._step import StepFunction
 from ._strategy import Strategy
@@ -72,7 +72,7 @@ class Recipe:
     weight: Callable[[Any], Any] | None = None
     separable: bool = True
     trainable: Any = None
-    dims: Sequence[tuple[str, Sequence[str | None]]] = ()
+    dims: Sequence[tuple[str, Sequence[Any]]] = ()
     precision: Precision | Literal["auto"] = "auto"
     compiler_options: dict[str, Any] | None = None
 
@@ -273,14 +273,13 @@ def _pytree_steps(recipe: Recipe, plan: BoundPlan) -> tuple[Callable[..., Any], 
         gradients, trained = plan.trained(found.gradients), plan.trained(params)
         norm = optax.tree.norm(gradients)
         updates, optimizer = transform.update(gradients, optimizer, trained)
-        new: Any = optax.apply_updates(trained, updates)
-        if trained is not params:
-            flat = _tree.flatten(params)
-            new = flat.build({**flat.leaves, **_tree.leaves(new)})
+        flat = _tree.flatten(params)
+        new = flat.build({**flat.leaves, **_tree.leaves(optax.apply_updates(trained, updates))})
         return new, optimizer, _metrics(found, norm, recipe, plan)
 
     def eval_step(params: PyTree, batch: PyTree) -> Any:
-        return _evaluate(recipe, plan, gather(params), batch)
+        gathered = gathered_by(recipe.eval_loss or recipe.loss, params, batch)
+        return _evaluate(recipe, plan, gather_others(params, gathered), batch)
 
     return train_step, eval_step
 

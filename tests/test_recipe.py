@@ -134,7 +134,6 @@ def test_pytrees_with_frozen_leaves():
     assert program.train_step.num_compilations == 1
 
 
-@pytest.mark.xfail(reason="BoundPlan.trained gives Optax the functions among a model's leaves", strict=True)
 def test_equinox_model():
     """A pytree with functions among its leaves."""
 

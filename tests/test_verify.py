@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -133,6 +134,19 @@ def test_a_pytree_program():
     loss = lambda params, x: jnp.mean((x @ params["w"] - x) ** 2)
     program = recipe(model=lambda: {"w": jnp.ones((64, 64)) / 64}, loss=loss).on(jp.mesh(data=8))
     assert jp.verify(program, program.plan.batch(X)).ok
+
+
+def test_an_equinox_program():
+    """Functions among its leaves; one parameter is frozen."""
+    program = recipe(
+        model=lambda: eqx.nn.MLP(64, 64, 64, 1, key=jax.random.key(0)),
+        loss=lambda model, x: jnp.mean((jax.vmap(model)(x) - x) ** 2),
+        strategies=[jp.FSDP()],
+        trainable="*.weight",
+    ).on(jp.mesh(fsdp=8))
+    found = jp.verify(program)
+    assert found.ok
+    assert paths(found, "gradients") == {"layers.0.weight", "layers.1.weight"}
 
 
 def hidden(reduce=None):
