@@ -227,7 +227,7 @@ def _of_function(
         if "`compiler_options` can only be passed to top-level" not in str(error):
             raise
         raise StepError(
-            f"explain: {name} is jitted with compiler_options, which JAX allows at the top alone. Give it without them: "
+            f"explain: {name} is jitted with compiler_options, which JAX allows at the top alone. Give it without: "
             f"explain(jax.jit({name}), ..., compiler_options=...)."
         ) from error
     own = _jitted(closed)

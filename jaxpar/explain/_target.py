@@ -123,7 +123,15 @@ def refused_bytes(message: str) -> int:
         >>> refused_bytes("Ran out of memory in memory space hbm. Used 63.50G of 30.75G hbm.") / 2**30
         63.5
     """
-    size, limit = r"([\d.]+)([KMGT]?)", r"[\d.]+[KMGT]?"
-    match = re.search(rf"Used {size} of {limit} ?hbm", message)
-    match = match or re.search(rf"HLO temporaries \({size}\) exceeds available HBM", message)
-    return 0 if match is None else round(float(match[1]) * 2 ** (10 * " KMGT".index(match[2] or " ")))
+    whole = re.search(rf"Used {_SIZE} of [\d.]+[KMGT]? ?hbm", message)
+    found = whole or re.search(rf"HLO temporaries \({_SIZE}\) exceeds available HBM", message)
+    return 0 if found is None else size_in_bytes(found[1])
+
+
+_SIZE = r"([\d.]+[KMGT]?)"
+
+
+def size_in_bytes(text: str) -> int:
+    """Bytes of a size as XLA prints it, `"20.80G"`."""
+    unit = text[-1] if text[-1] in "KMGT" else " "
+    return round(float(text.rstrip("KMGT")) * 2 ** (10 * " KMGT".index(unit)))
