@@ -149,7 +149,7 @@ def _convolved(op: Op, left: Shape, right: Shape, out: Shape) -> float:
     pads = re.search(r"\bpad=([\w\-]+)", window)
     low = [int(pad.split("_")[0]) for pad in pads.group(1).split("x")] if pads else [0] * num_spatial
     for at in range(num_spatial):
-        taps *= _valid(
+        taps *= num_taps(
             num_out=out.dims[out_labels.index(str(at))],
             num_in=left.dims[in_labels.index(str(at))],
             size=size[at],
@@ -168,7 +168,7 @@ def _window(window: str, key: str, num: int) -> list[int]:
     return [int(part) for part in found.group(1).split("x")] if found else [1] * num
 
 
-def _valid(*, num_out: int, num_in: int, size: int, stride: int, low: int, dilate: int, rhs_dilate: int) -> float:
+def num_taps(*, num_out: int, num_in: int, size: int, stride: int, low: int, dilate: int, rhs_dilate: int) -> float:
     """Of the pairs (place in the result, place in the window), how many meet an element of the input.
 
     `place * stride + tap * rhs_dilate - low` must be a multiple of `dilate` in `[0, (num_in - 1) * dilate]`.

@@ -1,7 +1,8 @@
 """How much memory an array takes where its layout says it lies: TPU tiles pad it, and not every array is in HBM.
 
-A layout is written after the dims: `{2,1,0:T(8,128)(2,1)S(1)}`, the dims from minor to major, then tiles (the minor
-dims are padded to whole ones), then the memory space. `(2,1)` packs two rows of 16 bits in one of 32 and pads nothing more.
+A layout is written after the dims: `{2,1,0:T(8,128)(2,1)S(1)}`. First the dims from minor to major, then tiles (the
+minor dims are padded to whole ones), then the memory space. `(2,1)` packs two rows of 16 bits in one of 32, which pads
+nothing more.
 """
 
 import dataclasses

@@ -2,10 +2,10 @@
 
 The text of a scheduled module lists operations in the order in which they run. Here its computations are laid out on
 one line, the body of a loop and each branch where they are called, and every array that an operation makes becomes a
-buffer that lives from there to its last use. What XLA keeps in one place is one buffer: what a loop carries (its input, the
-body's parameter and result, its output), results that are donated arguments, tuples and bitcasts, the two halves of an
-asynchronous operation, an update in place. An elementwise result takes the place of an operand of its size that nothing
-reads again, as XLA's buffer assignment lets it.
+buffer that lives from there to its last use. What XLA keeps in one place is one buffer: what a loop carries (its input,
+the body's parameter and result, its output), results that are donated arguments, tuples and bitcasts, the two halves of
+an asynchronous operation, an update in place. An elementwise result takes the place of an operand of its size that
+nothing reads again, as XLA's buffer assignment lets it.
 
 What XLA's own assignment does beyond that (fragmentation, scratch of kernels) the text does not show.
 """
@@ -85,8 +85,8 @@ _ALIASES = re.compile(r"\{([\d,\s]*)\}:\s*\((\d+),\s*\{([\d,\s]*)\}")
 _TO_OPERAND = re.compile(r"output_to_operand_aliasing=\{((?:\{[^{}]*\}:\s*\([^()]*\),?\s*)+)\}")
 _SAME = frozenset({
     "bitcast", "opt-barrier", "copy-done", "all-gather-done", "all-reduce-done", "collective-permute-done",
-    "async-done", "async-update", "slice-done", "dynamic-slice-done", "dynamic-update-slice-done", "after-all", "add-dependency",
-    "optimization-barrier", "send-done", "recv-done",
+    "async-done", "async-update", "slice-done", "dynamic-slice-done", "dynamic-update-slice-done", "after-all",
+    "add-dependency", "optimization-barrier", "send-done", "recv-done",
 })  # fmt: skip
 """Operations whose results lie where their operand, or a part of it, does."""
 _PASSING = frozenset({"tuple", "get-tuple-element", "bitcast", "parameter", "opt-barrier", "constant", "after-all"})

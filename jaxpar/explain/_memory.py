@@ -7,7 +7,8 @@ cast, is a temporary under the parameter's path. On programs of gigabytes the ac
 whatever is missing, or too much, is a row `"unattributed"`.
 
 On TPU, XLA's peak is that of arguments together with the fuller memory, and for a program that nearly fits on the chip
-that is VMEM; what it exceeds the peak of HBM by is then a row of its own. A program over the limit has no text:
+that is VMEM; what it exceeds the peak of HBM by is then a row of its own. On CPU, XLA's peak leaves temporaries out, so
+that what it allocates stands for it. A program over the limit has no text:
 `from_arguments` makes do with its arguments and with what the refusal says.
 """
 
@@ -51,7 +52,7 @@ class Memory:
     """Memory of one device, in bytes.
 
     Attributes:
-        peak: The compiler's own figure where it gives one.
+        peak: The compiler's own figure where it gives a true one; see the head of this file.
         limit: What a program may use; 0 if not known.
         argument: XLA's own figures, from here on; 0 where it gave none.
         output: Results, those that reuse an argument's memory included.
@@ -92,7 +93,7 @@ def memory(module: Module, compiled: Compiled) -> Memory:
     held = _merged(rows)
     stats = compiled.memory
     found = sum(row.bytes for row in held)
-    peak = found if stats is None else stats.peak or _allocated(stats)
+    peak = found if stats is None else _peak(stats, compiled)
     arguments = sum(buffer.bytes for buffer in live.buffers if buffer.argument >= 0)
     excess = arguments + max(total for _, total in live.curve((VMEM,))) - found
     if stats is not None and stats.peak and excess > 0:
@@ -152,6 +153,10 @@ _HLO_DTYPES = {
     "int32": "s32",
     "uint32": "u32",
 }
+
+
+def _peak(stats: MemoryStats, compiled: Compiled) -> int:
+    return stats.peak if stats.peak and compiled.hardware.kind != "cpu" else _allocated(stats)
 
 
 def _allocated(stats: MemoryStats) -> int:
