@@ -45,6 +45,7 @@ class Subject:
         donated: Positions of those that are given away.
         mesh: `None` for a function of one device, whatever that is.
         plan: The plan, if there is one.
+        step: The user's own step of the plan, for how often it has been compiled.
         program: The program, if that was given: what an estimate is made from.
         options: XLA options.
         notes: What was assumed, and what the plan did.
@@ -57,6 +58,7 @@ class Subject:
     donated: tuple[int, ...]
     mesh: AnyMesh | None
     plan: Any = None
+    step: StepFunction | None = None
     program: Program | None = None
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
     notes: tuple[str, ...] = ()
@@ -134,7 +136,8 @@ def _of_step(step: StepFunction, args: tuple[Any, ...], kwargs: dict[str, Any], 
         return jax.ShapeDtypeStruct(shape, dtype, weak_type=weak, sharding=sharding)
 
     args, kwargs = (_map_arrays(placed, each) for each in (args, kwargs))
-    return _of_flat(step.on(plan).flat(*args, **kwargs), plan, step.__name__)
+    made = _of_flat(step.on(plan).flat(*args, **kwargs), plan, step.__name__)
+    return dataclasses.replace(made, step=step)
 
 
 def _of_flat(flat: Flat, plan: Any, name: str) -> Subject:
@@ -198,9 +201,17 @@ def _arguments(
             dtype=str(shape.dtype),
             bytes=bytes_of(shape, shape.sharding),
             donated=index in donated,
+            axes=_axes(shape.sharding),
+            weak=shape.weak_type,
         )
         for index, (shape, path, kind) in enumerate(zip(shapes, paths, kinds, strict=True))
     )
+
+
+def _axes(sharding: Any) -> tuple[str, ...] | None:
+    if not isinstance(sharding, NamedSharding):
+        return None
+    return tuple(axis for entry in sharding.spec for axis in axes_at(entry))
 
 
 # Functions without a plan.

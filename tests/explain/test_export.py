@@ -73,7 +73,14 @@ def test_the_file_holds_types_shardings_donation_and_meaning(tmp_path):
     _export.write(exported, tmp_path / "a.step")
     assert _export.read(tmp_path / "a.step") == exported
     assert [file.name for file in tmp_path.iterdir()] == ["a.step"]
-    assert exported.to_bytes() == dataclasses.replace(exported).to_bytes()
+
+
+def test_what_the_compiler_does_not_see_makes_no_other_program():
+    mesh = jp.mesh("v5e:2x2", data=4)
+    one = _export.export(subject(lambda x: x + 1, (sharded(mesh, (8, 8), "data"),), {}, None))
+    assert one.digest() == dataclasses.replace(one, notes=("a note",), num_tokens=3, arguments=()).digest()
+    assert one.digest() != dataclasses.replace(one, options={"xla_a": True}).digest()
+    assert one.digest() != dataclasses.replace(one, donated=(0,)).digest()
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04 and then nothing", b"HloModule x"], ids=["empty", "cut", "text"])
