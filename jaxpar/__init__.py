@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from ._stack import Stack as Stack, remat as remat
     from ._verify import verify as verify
     from ._vocab import cross_entropy as cross_entropy, embed as embed
+    from .compare import compare as compare
     from .explain import explain as explain
     from .parallel import DP as DP, FSDP as FSDP, TP as TP, ZeRO as ZeRO
     from .run import Run as Run, fit as fit
@@ -54,7 +55,7 @@ _HOME = {
     "parallel": ("DP", "FSDP", "TP", "ZeRO"),
     "run": ("Run", "fit"),
 }
-_MODULES = ("checkpoint", "data", "explain", "testing")  # `explain` can be called
+_MODULES = ("checkpoint", "compare", "data", "explain", "testing")  # `compare` and `explain` can be called
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 
 __all__ = [*sorted(_MODULE_OF), *_MODULES]  # noqa: PLE0604  # pyright: ignore[reportUnsupportedDunderAll]

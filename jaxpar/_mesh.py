@@ -272,16 +272,16 @@ def _nearest_shape(sizes: Mapping[str, int], num_devices: int) -> dict[str, int]
         changes = [0.0 if old == -1 else round(abs(math.log(new / old)), 6) for new, old in pairs]
         return sum(change > 0 for change in changes), round(sum(changes), 6), changes[::-1]
 
-    return dict(zip(sizes, min(_factorisations(num_devices, len(sizes)), key=cost), strict=True))
+    return dict(zip(sizes, min(factorisations(num_devices, len(sizes)), key=cost), strict=True))
 
 
-def _factorisations(number: int, length: int) -> Iterator[tuple[int, ...]]:
+def factorisations(number: int, length: int) -> Iterator[tuple[int, ...]]:
     """Every tuple of `length` whole numbers with the product `number`."""
     if length == 1:
         yield (number,)
         return
     for first in (divisor for divisor in range(1, number + 1) if number % divisor == 0):
-        for rest in _factorisations(number // first, length - 1):
+        for rest in factorisations(number // first, length - 1):
             yield (first, *rest)
 
 

@@ -39,7 +39,10 @@ class MeshAxes:
 
 def mesh_axes(mesh: Any) -> MeshAxes:
     """The `MeshAxes` of a `jax.sharding.Mesh`, or of anything with `axis_names` and `axis_sizes`."""
-    devices = getattr(mesh, "devices", None)
+    try:
+        devices = getattr(mesh, "devices", None)
+    except ValueError:  # what an abstract mesh has to say of its devices
+        devices = None
     flat = [] if devices is None else list(np.asarray(devices).flat)
     slices = tuple(getattr(device, "slice_index", None) or 0 for device in flat)
     several = len(set(slices)) > 1

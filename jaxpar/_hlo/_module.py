@@ -139,10 +139,6 @@ class Module:
                 )
         return tuple(found.values())
 
-    def origin(self, op: Op) -> tuple[str, str]:
-        """`op_name` and `file:line` of an operation, or of the nearest one that kept them."""
-        return _Reader(self.program, MeshAxes(names=(), sizes=())).origin(op)
-
     def op_counts(self) -> collections.Counter[str]:
         """Operations by opcode, each counted once however often it runs.
 

@@ -7,7 +7,7 @@ from typing import Annotated
 from tyro.conf import Positional, arg, subcommand
 
 from .._verify import verify
-from . import _doctor, _explain, _load, _train
+from . import _compare, _doctor, _explain, _load, _train
 
 RECIPE = (
     "MODULE:NAME of a jp.Recipe, or of a function that returns one, in your own code: `models.gpt:demo`. The working "
@@ -150,11 +150,37 @@ class Export:
         return _explain.run_export(self)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Compare:
+    """Rank every legal mesh of hardware that is here or not, compile the best few, and say why the first is first."""
+
+    recipe: Recipe
+    target: Annotated[str, arg(help="Hardware: `v5p-128`, or several, `v5p-64,v5p-128`.")]
+    batch: Annotated[str | None, arg(help="The global batch: tokens, `4M-tokens`, or rows, `1024`.")] = None
+    seq: int | None = None
+    """Tokens of a sequence, if not the recipe's."""
+    tokens: Annotated[str | None, arg(help="To train on, `1T`: for days and cost. By default 20 a parameter.")] = None
+    price: Annotated[str | None, arg(help="Of a chip for an hour: `4.2`, or for each target, `v5e=1.2,v5p=4.2`.")] = (
+        None
+    )
+    compile: int = 4
+    """How many meshes of each target to compile; 0 for none."""
+    json: bool = False
+    """Print the comparison as one JSON object."""
+    html: pathlib.Path | None = None
+    """Also write it here, as one HTML file."""
+
+    def run(self) -> int:
+        """Print the table."""
+        return _compare.run_compare(self)
+
+
 Command = (
     Annotated[Train, subcommand("train")]
     | Annotated[Plan, subcommand("plan")]
     | Annotated[Verify, subcommand("verify")]
     | Annotated[Explain, subcommand("explain")]
     | Annotated[Export, subcommand("export")]
+    | Annotated[Compare, subcommand("compare")]
     | Annotated[Doctor, subcommand("doctor")]
 )

@@ -4,16 +4,17 @@ It takes one trace of the loss, which serves every mesh, and milliseconds for ea
 and made for ranking meshes: what it leaves out, it leaves out on every mesh alike.
 
 - *Traffic* is `Plan.moves` of every parameter, and what a split vocabulary moves.
-- *Memory* is what the plan stores, the batch, and the fullest moment of the gradient's own arrays, each cut as `_spread`
-  finds: the saved activations and the work of one layer, with the weights that are gathered for it.
+- *Memory* is what the plan stores, the batch, and the fullest moment of the gradient's own arrays, each cut as
+  `_spread` finds: the saved activations and the work of one layer, with the weights that are gathered for it.
 - *Time*: each operation takes as long as its FLOPs or its bytes need, whichever is longer. Gathered weights and reduced
   gradients hide behind the computation of their pass as far as it reaches; activations, on which the next matrix
   waits, hide behind nothing.
 """
 
 import dataclasses
+import functools as ft
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -21,26 +22,25 @@ import numpy as np
 
 from .. import _mesh
 from .._context import axes_at
-from .._hardware import Hardware
 from .._plan import Move, Record
 from .._plan_text import move_text
 from .._recipe import Program, Recipe
 from .._types import Axes
 from . import _trace
+from ._coefficients import Coefficients, bounds, coefficients
 from ._collectives import Row
+from ._explain import mesh_axes
 from ._flops import Flops
 from ._memory import Held, Memory
 from ._report import Report
 from ._spread import Split, Spread
 from ._timeline import Event, Timeline
 from ._trace import PRODUCTS, Block, Op, Trace, Value, count_flops, product_flops
+from ._wire import Transfer, fabric
 
-# What a device reaches of its peaks, and how much of a move hides: judged against the predictor, which reads what XLA
-# compiled (tests/explain/test_estimate.py). The first figure of a pair is the estimate, the others bound the step.
-MATMUL = (0.85, 0.95, 0.70)
-"""Of the peak FLOP/s, by matrix products that fill whole tiles."""
-MEMORY = (0.80, 0.95, 0.60)
-"""Of the memory's bandwidth."""
+# Beside the predictor's coefficients: the first figure is the estimate, the others bound the step from below and above.
+MATMUL = {"tpu": (0.85, 0.95, 0.70), "gpu": (0.75, 0.85, 0.60), "cpu": (1.0, 1.0, 1.0)}
+"""Of the peak FLOP/s, reached by matrix products that fill whole tiles."""
 HIDDEN = (0.90, 1.0, 0.0)
 """Of the computation of a pass, behind which moves of weights and gradients hide."""
 TILE = {"tpu": (8, 128, 128), "gpu": (16, 16, 16), "cpu": (1, 1, 1)}
@@ -66,6 +66,11 @@ def estimate(program: Program, traced: Trace | None = None) -> Report:
     return _Estimate(program, _trace.trace(program) if traced is None else traced).report()
 
 
+def memory_of(program: Program, traced: Trace) -> Memory:
+    """The memory of `estimate(program, traced)`, alone."""
+    return _Estimate(program, traced).memory()
+
+
 class _Estimate:
     """One program on one mesh."""
 
@@ -75,6 +80,9 @@ class _Estimate:
         self.hardware = _mesh.hardware_of(program.plan.mesh)
         self.spread = Spread({**self.plan.axes, _MICRO: self.recipe.accumulate})
         self.spread.run(traced.block, list(self._input_splits()))
+        self.axes = mesh_axes(self.plan.mesh)
+        self.fabric = fabric(self.hardware, self.axes)
+        self.transfers: dict[Any, Transfer] = {}
         self.tokens = num_tokens(self.recipe) / self.plan.num_batch_shards / self.recipe.accumulate
 
     def report(self) -> Report:
@@ -97,7 +105,7 @@ class _Estimate:
             strategies=self.plan.strategies,
             num_tokens=num_tokens(self.recipe),
             peak_flops=self.hardware.peak_flops(dtype),
-            memory=self._memory(),
+            memory=self.memory(),
             flops=flops,
             timeline=timeline,
             collectives=rows,
@@ -113,7 +121,7 @@ class _Estimate:
 
     # Memory.
 
-    def _memory(self) -> Memory:
+    def memory(self) -> Memory:
         totals = self.plan.totals()
         slots: dict[str, int] = {}
         for record in (*self.plan.records.values(), *(self.plan.optimizer_records or {}).values()):
@@ -208,49 +216,50 @@ class _Estimate:
     # Time.
 
     def _timed(self) -> tuple[Timeline | None, tuple[Row, ...]]:
-        forward, backward, events = self._compute()
         moves = list(self._moves())
-        seconds = [self._link(move) for _, move, _ in moves]
-        timed = bool(self.hardware.peak_flops("bfloat16"))
-        exposed = [[0.0] * len(moves) for _ in range(3)]
-        for at in range(3):
-            for is_backward, compute in ((False, forward[at]), (True, backward[at])):
-                mine = [
-                    index
-                    for index, (_, move, _) in enumerate(moves)
-                    if not move.per_token and _is_backward(move) == is_backward and move.what != "update"
-                ]
-                total = sum(seconds[index] * moves[index][2] for index in mine)
-                share = max(0.0, total - HIDDEN[at] * compute) / total if total else 0.0
-                for index in mine:
-                    exposed[at][index] = seconds[index] * moves[index][2] * share
-            for index, (_, move, count) in enumerate(moves):
-                if move.per_token or move.what == "update":
-                    exposed[at][index] = seconds[index] * count
-        rows = tuple(
-            self._row(number, record, move, count, seconds[number], exposed[0][number])
-            for number, (record, move, count) in enumerate(moves)
-        )
-        if not timed:
-            return None, rows
+        if not self.hardware.peak_flops():
+            return None, tuple(self._row(at, *each, 0.0) for at, each in enumerate(moves))
+        forward, backward, events = self._compute()
         update = self._update_seconds()
-        steps = [forward[at] + backward[at] + update[at] + sum(exposed[at]) for at in range(3)]
+        exposed = [self._exposed(at, moves, forward[at], backward[at]) for at in range(3)]
+        steps = [forward[at] + backward[at] + update[at] + math.fsum(exposed[at]) for at in range(3)]
         compute = forward[0] + backward[0] + update[0]
+        middle = _coefficients()[0]
         timeline = Timeline(
             step_seconds=steps[0],
             compute_seconds=compute,
-            communication_seconds=sum(each * count for each, (_, _, count) in zip(seconds, moves, strict=True)),
+            communication_seconds=math.fsum(self._transfer(move, middle).seconds * count for _, move, count in moves),
             exposed_communication_seconds=steps[0] - compute,
             bubble_seconds=0.0,
             low=steps[1],
             high=steps[2],
-            events=(*events, *self._lanes(moves, seconds, forward[0], compute)),
-            notes=(
-                f"matrix products reach {MATMUL[0]:.0%} of the peak, memory {MEMORY[0]:.0%} of its bandwidth; weights "
-                f"and gradients hide behind {HIDDEN[0]:.0%} of their pass, activations not at all",
-            ),
+            events=(*events, *self._lanes(moves, forward[0])),
+            notes=(self._assumed(),),
         )
-        return timeline, rows
+        return timeline, tuple(self._row(at, *each, exposed[0][at]) for at, each in enumerate(moves))
+
+    def _assumed(self) -> str:
+        return (
+            f"matrix products reach {MATMUL[self.hardware.kind][0]:.0%} of the peak, memory "
+            f"{_coefficients()[0].memory:.0%} of its bandwidth; weights and gradients hide behind {HIDDEN[0]:.0%} of "
+            "their pass, activations not at all"
+        )
+
+    def _exposed(self, at: int, moves: list[tuple[Record, Move, int]], forward: float, backward: float) -> list[float]:
+        """Of each move, all its runs together, how long the device waits for it."""
+        known = _coefficients()[at]
+        found = [self._transfer(move, known).seconds * count for _, move, count in moves]
+        for is_backward, compute in ((False, forward), (True, backward)):
+            hiding = [
+                index
+                for index, (_, move, _) in enumerate(moves)
+                if move.what in ("weight", "gradient") and _is_backward(move) == is_backward
+            ]
+            total = math.fsum(found[index] for index in hiding)
+            share = max(0.0, total - HIDDEN[at] * compute) / total if total else 0.0
+            for index in hiding:
+                found[index] *= share
+        return found
 
     def _compute(self) -> tuple[list[float], list[float], tuple[Event, ...]]:
         """Seconds of the forward and of the backward pass, as estimated and at best and worst; and what to draw."""
@@ -293,7 +302,10 @@ class _Estimate:
         peak, bandwidth = self.hardware.peak_flops(dtype or "bfloat16"), self.hardware.hbm_bandwidth
         if not peak or not bandwidth:
             return 0.0, 0.0, 0.0
-        each = [max(flops / peak / MATMUL[at], moved / bandwidth / MEMORY[at]) for at in range(3)]
+        each = [
+            max(flops / peak / MATMUL[self.hardware.kind][at], moved / bandwidth / _coefficients()[at].memory)
+            for at in range(3)
+        ]
         return each[0], each[1], each[2]
 
     def _op_flops(self, op: Op) -> tuple[float, str]:
@@ -318,7 +330,7 @@ class _Estimate:
         totals = self.plan.totals()
         moved = 2 * (totals.parameters + (totals.optimizer or 0)) + totals.gradients
         bandwidth = self.hardware.hbm_bandwidth
-        each = [moved / bandwidth / MEMORY[at] if bandwidth else 0.0 for at in range(3)]
+        each = [moved / bandwidth / _coefficients()[at].memory if bandwidth else 0.0 for at in range(3)]
         return each[0], each[1], each[2]
 
     # Traffic.
@@ -370,38 +382,47 @@ class _Estimate:
         """Of a move, each time, on one device."""
         return math.ceil(move.bytes * self.tokens) if move.per_token else move.bytes
 
-    def _link(self, move: Move) -> float:
-        return _link_seconds(move.kind, move.axes, self._bytes(move), self.hardware, self.plan)[0]
+    def _transfer(self, move: Move, known: Coefficients) -> Transfer:
+        """One run of a move, by the predictor's model of the links."""
+        key = (move.kind, move.axes, self._bytes(move), known)
+        if key not in self.transfers:
+            self.transfers[key] = self.fabric.transfer(move.kind, self._bytes(move), self._groups(move.axes), known)
+        return self.transfers[key]
 
-    def _row(self, number: int, record: Record, move: Move, count: int, seconds: float, exposed: float) -> Row:
-        _, wire, algorithm = _link_seconds(move.kind, move.axes, self._bytes(move), self.hardware, self.plan)
+    def _groups(self, axes: Axes) -> np.ndarray:
+        """Positions of the mesh that differ in `axes` alone, a row each."""
+        positions = np.arange(self.axes.size).reshape(self.axes.sizes)
+        at = [self.axes.names.index(axis) for axis in axes]
+        count = math.prod(self.axes.sizes[each] for each in at)
+        return np.moveaxis(positions, at, range(positions.ndim - len(at), positions.ndim)).reshape(-1, count)
+
+    def _row(self, number: int, record: Record, move: Move, count: int, exposed: float) -> Row:
+        transfer = self._transfer(move, _coefficients()[0])
         return Row(
             kind=move.kind,
             spelling="",
             axes=move.axes,
             bytes=self._bytes(move),
-            wire_bytes=wire,
-            algorithm=algorithm,
+            wire_bytes=transfer.wire_bytes,
+            algorithm=transfer.algorithm,
             count=count,
             depth=int(bool(record.layers)),
             conditional=False,
             path=record.path,
             source="",
             expected=f"{move_text(move, 1)}, {move.when}",
-            seconds=seconds,
+            seconds=transfer.seconds if self.hardware.peak_flops() else 0.0,
             exposed_seconds=exposed,
             name=f"{move.what}.{number}",
         )
 
-    def _lanes(
-        self, moves: list[tuple[Record, Move, int]], seconds: list[float], forward: float, compute: float
-    ) -> Iterator[Event]:
-        """Each pass's moves over each set of axes, as one event."""
+    def _lanes(self, moves: list[tuple[Record, Move, int]], forward: float) -> Iterator[Event]:
+        """Each pass's moves of a kind over the same axes as one event, one after another."""
         together: dict[tuple[str, bool, str], tuple[float, int]] = {}
-        for (_, move, count), each in zip(moves, seconds, strict=True):
+        for _, move, count in moves:
             key = (",".join(move.axes), _is_backward(move), f"{move.kind} {move.what}")
-            before = together.get(key, (0.0, 0))
-            together[key] = (before[0] + each * count, before[1] + count)
+            seconds, runs = together.get(key, (0.0, 0))
+            together[key] = (seconds + self._transfer(move, _coefficients()[0]).seconds * count, runs + count)
         ends: dict[tuple[str, bool], float] = {}
         for (lane, is_backward, name), (total, count) in together.items():
             start = ends.get((lane, is_backward), forward if is_backward else 0.0)
@@ -479,16 +500,12 @@ def num_tokens(recipe: Recipe) -> int:
     return recipe.batch_size
 
 
-def _link_seconds(kind: str, axes: Axes, size: int, hardware: Hardware, plan: Any) -> tuple[float, int, str]:
-    """Seconds, bytes that one device sends, and the algorithm."""
-    count = math.prod(plan.axes[axis] for axis in axes)
-    rounds = 2 if kind == "all-reduce" else 1
-    wire = math.ceil(rounds * size * (count - 1) / count)
-    dcn = _mesh.dcn_factors(plan.mesh)
-    rate = 2 * hardware.chip.link * 0.9 / hardware.devices_per_chip
-    seconds = wire / rate if rate else 0.0
-    crossing = math.prod(dcn.get(axis, 1) for axis in axes)
-    if crossing > 1 and hardware.chip.dcn:
-        inside = count // crossing
-        seconds += rounds * size / inside * (crossing - 1) / crossing / (hardware.chip.dcn / hardware.devices_per_chip)
-    return seconds, wire, "ring"
+@ft.cache
+def _coefficients() -> tuple[Coefficients, Coefficients, Coefficients]:
+    """As estimated, all at their fastest, all at their slowest."""
+    middle = coefficients()
+    ends: tuple[dict[str, float], dict[str, float]] = ({}, {})
+    for pair in bounds():
+        for found, each in zip(ends, pair, strict=True):
+            found |= {k: v for k, v in dataclasses.asdict(each).items() if v != getattr(middle, k)}
+    return middle, dataclasses.replace(middle, **ends[0]), dataclasses.replace(middle, **ends[1])

@@ -11,7 +11,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from .._hlo import Collective, Module
+from .._hlo import Collective, MeshAxes, Module
 from .._hlo._module import _walk as walk
 from .._hlo._text import Op
 from ._collectives import Row
@@ -19,7 +19,8 @@ from ._compiled import Argument, Compiled
 from ._finding import Severity
 from ._flow import Flow, Trail, Value, reshaped
 from ._memory import Memory
-from ._timeline import Timeline
+from ._paths import Paths
+from ._timeline import Timeline, mesh_of
 from ._varying import BATCH, Varying, argument_bits, bits_of
 
 SLIGHT, HEAVY = 0.005, 0.05
@@ -79,21 +80,31 @@ class Evidence:
         return Flow(self.module.program)
 
     @ft.cached_property
+    def mesh(self) -> MeshAxes:
+        """Its axes; where nobody named them, those that its collectives run over."""
+        return mesh_of(self.module, self.compiled)
+
+    @ft.cached_property
+    def paths(self) -> Paths:
+        """Names of operations as places in the model."""
+        return Paths([each.path for each in self.arguments.values() if each.kind in ("parameter", "frozen")])
+
+    @ft.cached_property
     def sizes(self) -> dict[str, int]:
         """The axes of the mesh that have more than one device."""
-        axes = self.compiled.axes
+        axes = self.mesh
         return {name: size for name, size in zip(axes.names, axes.sizes, strict=True) if size > 1}
 
     @ft.cached_property
     def transfers(self) -> tuple[Transfer, ...]:
         """Every collective instruction, in the order of the program."""
         rows = {row.name: row for row in self.rows}
-        named: dict[str, list[Collective]] = {}
-        for each in self.module.collectives(self.compiled.axes):
-            named.setdefault(each.name, []).append(each)
+        named: dict[tuple[str, str], list[Collective]] = {}
+        for each in self.module.collectives(self.mesh):
+            named.setdefault((each.computation, each.name), []).append(each)
+        ops = ((self.flow.program.op(place), tensors) for place, tensors in named.items())
         return tuple(
-            Transfer(tensors=tuple(tensors), op=self.flow.by_name[name], row=rows.get(name))
-            for name, tensors in named.items()
+            Transfer(tensors=tuple(tensors), op=op, row=rows.get(op.name)) for op, tensors in ops if op is not None
         )
 
     @ft.cached_property
@@ -135,7 +146,7 @@ class Evidence:
     def arguments(self) -> dict[int, Argument]:
         """The program's arguments by number: as told, or as the text's own names suggest."""
         told = self.compiled.arguments
-        if told and len(told) == len(self.flow.arguments):
+        if (told and len(told) == len(self.flow.arguments)) or not self.module.program.computations:
             return dict(enumerate(told))
         kept = set(self.aliases.values())
         return {number: _guessed(op, number in kept, bool(kept)) for number, op in self.flow.arguments.items()}
@@ -143,7 +154,7 @@ class Evidence:
     @ft.cached_property
     def argument_axes(self) -> dict[int, int]:
         """The bits of the axes that split each argument, where known."""
-        mesh, found = self.compiled.axes, {}
+        mesh, found = self.mesh, {}
         for number, op in self.flow.arguments.items():
             told = self.arguments[number].axes
             bits = argument_bits(op, mesh) if told is None else bits_of(mesh, told)
@@ -154,7 +165,7 @@ class Evidence:
     @ft.cached_property
     def varying(self) -> Varying:
         """Over which axes each value differs."""
-        mesh = self.compiled.axes
+        mesh = self.mesh
         named = [number for number, each in self.arguments.items() if each.kind == "batch"]
         batch = dict.fromkeys(
             named or self.arguments, BATCH
@@ -223,8 +234,8 @@ class Evidence:
         """Where in the model and in the author's code."""
         first, row = transfer.first, transfer.row
         leaf = self.leaf_of(transfer)
-        path = leaf.path if leaf else row.path if row else ""
-        return at(path, row.source if row else first.source)
+        path = leaf.path if leaf else row.path if row else self.paths.of(first.op_name).path
+        return at(path, first.source)
 
     @ft.cached_property
     def total_bytes(self) -> int:
@@ -246,15 +257,6 @@ class Evidence:
         if seconds and self.timeline is not None and self.timeline.step_seconds:
             return seconds * part / self.timeline.step_seconds
         return sum(each.total_bytes for each in transfers) * part / self.total_bytes if self.total_bytes else 0.0
-
-
-def path_of(op_name: str) -> str:
-    """Where in the model, as far as the name of an operation says: modules by name, without JAX's own scopes."""
-    parts = re.split(r"/", re.sub(r"\b(?:transpose|jvp|vmap|jit|checkpoint)\(([^()]*)\)", r"\1", op_name))
-    return ".".join(part for part in parts[1:-1] if part and part not in _SCOPES and "(" not in part)
-
-
-_SCOPES = frozenset({"while", "body", "cond", "closed_call", "checkpoint", "rematted_computation", "shard_map"})
 
 
 def severity(share: float) -> Severity:
@@ -296,22 +298,6 @@ def at(path: str, source: str) -> str:
 def named(axes: Sequence[str]) -> str:
     """Axes in words: `'data'`, `'data' and 'fsdp'`."""
     return " and ".join(f"'{axis}'" for axis in axes)
-
-
-def amount(size: float) -> str:
-    """Bytes in words, three digits."""
-    for unit, scale in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if size >= scale:
-            return f"{size / scale:.3g} {unit}" if size < 1000 * scale else f"{size / scale:,.0f} {unit}"
-    return f"{size:.0f} B"
-
-
-def duration(seconds: float) -> str:
-    """Seconds in words, three digits."""
-    for unit, scale in (("s", 1.0), ("ms", 1e-3)):
-        if seconds >= scale:
-            return f"{seconds / scale:.3g} {unit}"
-    return f"{seconds / 1e-6:.3g} µs"
 
 
 def _products(flow: Flow, dot: Op) -> int:

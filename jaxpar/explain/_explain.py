@@ -125,7 +125,7 @@ def explain_file(path: str | os.PathLike[str], cache: str | os.PathLike[str] | N
     compiled = compile_elsewhere(exported, cache)
     said = exported.flops
     pairs = {name: tuple(map(tuple, said[name])) for name in ("by_path", "by_dtype") if name in said}
-    flops = Flops(**{**said, **pairs}) if said else None
+    flops = Flops(**{**said, **pairs, "notes": tuple(said.get("notes", ()))}) if said else None
     notes = exported.notes
     if exported.version != jax.__version__:
         notes = (f"Exported by jax {exported.version}, compiled by jax {jax.__version__}.", *notes)

@@ -17,9 +17,7 @@ def collectives_in_branches(seen: Evidence) -> Iterator[Finding]:
             continue
         bits = branches.get(transfer.op.computation, 0)
         is_permute = first.kind == "collective-permute"
-        blocking = (
-            bits if is_permute else bits & bits_of(seen.compiled.axes, [axis.partition("[")[0] for axis in first.axes])
-        )
+        blocking = bits if is_permute else bits & bits_of(seen.mesh, [axis.partition("[")[0] for axis in first.axes])
         kind = "permute-in-branch" if is_permute else "collective-in-branch"
         if not blocking or (kind, first.source or first.name) in done:
             continue
@@ -34,9 +32,9 @@ def collectives_in_branches(seen: Evidence) -> Iterator[Finding]:
             kind=kind,
             severity="error",
             reason=(
-                f"{a(first.kind).capitalize()} over {named(first.axes)} ({shape_of(transfer)}) is in a branch that some "
-                f"devices along {differs} take and others do not. {why}, so the ones that do not are waited for without "
-                "end."
+                f"{a(first.kind).capitalize()} over {named(first.axes)} ({shape_of(transfer)}) is in a branch that "
+                f"some devices along {differs} take and others do not. {why}, so the ones that do not are waited for "
+                "without end."
             ),
             place=seen.place(transfer),
             remedy=(

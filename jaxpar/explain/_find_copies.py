@@ -3,8 +3,9 @@
 import math
 from collections.abc import Iterator
 
-from ._evidence import HEAVY, Evidence, amount, at, named, path_of, severity
+from ._evidence import HEAVY, Evidence, at, named, severity
 from ._finding import Finding
+from ._units import size_text
 from ._varying import bits_of
 
 
@@ -53,9 +54,9 @@ def replicated(seen: Evidence) -> Iterator[Finding]:
                 kind="replicated",
                 severity="warning" if not limit or saved >= HEAVY * limit else "note",
                 reason=(
-                    f"{alike[number].path} is whole on every device, {amount(size)}, {size / total:.0%} of all that "
+                    f"{alike[number].path} is whole on every device, {size_text(size)}, {size / total:.0%} of all that "
                     f"the step is given. Others of its kind are split over {named(axes)}, which could split it into "
-                    f"{ways}: {amount(saved)} less on each device."
+                    f"{ways}: {size_text(saved)} less on each device."
                 ),
                 place=alike[number].path,
                 remedy=_split(alike[number].path, kind, axes),
@@ -70,7 +71,7 @@ def repeated(seen: Evidence) -> Iterator[Finding]:
     total = sum(flops for _, flops in seen.matmuls)
     unused = set(_unused(seen))
     for axis in seen.sizes:
-        bit = bits_of(seen.compiled.axes, (axis,))
+        bit = bits_of(seen.mesh, (axis,))
         if axis in unused or not total:
             continue
         found = [
@@ -95,7 +96,7 @@ def repeated(seen: Evidence) -> Iterator[Finding]:
                 f"{share:.0%} of the step's FLOPs are done alike on all {size} devices along '{axis}': nothing that "
                 f"goes into these matmuls is split over it. The largest gives {', '.join(map(str, worst.shapes))}."
             ),
-            place=at(path_of(op_name), source),
+            place=at(seen.paths.of(op_name).path, source),
             remedy=(
                 f"Split one of its dims over '{axis}': the matrix, with "
                 f'jp.TP(column=[...], row=[...], vocab=[...], axis="{axis}"), or the activation, with '
@@ -118,8 +119,8 @@ def _unused(seen: Evidence) -> list[str]:
     for transfer in seen.transfers:
         if "?" in transfer.first.axes:
             return []
-        used |= bits_of(seen.compiled.axes, [axis.partition("[")[0] for axis in transfer.first.axes])
-    return [axis for axis in seen.sizes if not used & bits_of(seen.compiled.axes, (axis,))]
+        used |= bits_of(seen.mesh, [axis.partition("[")[0] for axis in transfer.first.axes])
+    return [axis for axis in seen.sizes if not used & bits_of(seen.mesh, (axis,))]
 
 
 def _split(path: str, kind: str, axes: tuple[str, ...]) -> str:
@@ -142,8 +143,8 @@ def _all_whole(seen: Evidence, kind: str, size: int, limit: int) -> Iterator[Fin
         kind="replicated",
         severity="note",
         reason=(
-            f"All {what} are whole on every device: {amount(size)}, {size / limit:.0%} of its memory; split over "
-            f"'{axis}' they would take {amount(saved)} less."
+            f"All {what} are whole on every device: {size_text(size)}, {size / limit:.0%} of its memory; split over "
+            f"'{axis}' they would take {size_text(saved)} less."
         ),
         place="",
         remedy=f'jp.ZeRO(1, axis="{axis}")' if kind == "optimizer" else f'jp.FSDP(axis="{axis}")',

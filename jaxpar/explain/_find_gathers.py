@@ -5,9 +5,10 @@ from collections.abc import Iterator
 
 from .._hlo._text import Op
 from .._hlo._values import depends_on_device, slices_kept
-from ._evidence import SLIGHT, Evidence, Transfer, a, amount, at, counted, named, path_of, severity, shape_of, share_of
+from ._evidence import SLIGHT, Evidence, Transfer, a, at, counted, named, severity, shape_of, share_of
 from ._finding import Finding
 from ._flow import Value, reshaped
+from ._units import size_text
 from ._varying import BATCH, bits_of
 
 
@@ -18,7 +19,7 @@ def gathered_whole(seen: Evidence) -> Iterator[Finding]:
         for transfer in (seen.transfer_of.get(op.name) for op, _ in trail.uses):
             if transfer is None or transfer.first.kind != "all-gather" or seen.share([transfer]) < SLIGHT:
                 continue
-            size, axes = amount(transfer.bytes), named(transfer.first.axes)
+            size, axes = size_text(transfer.bytes), named(transfer.first.axes)
             if leaf.kind == "optimizer":
                 reason = (
                     f"{leaf.path} is optimiser state, split over {axes}, and is gathered whole: {size} on each device. "
@@ -70,9 +71,9 @@ def rematerialised(seen: Evidence) -> Iterator[Finding]:
             kind="full-rematerialisation",
             severity=severity(seen.share([transfer])),
             reason=(
-                f"{shape_of(transfer)} is gathered over {named(transfer.first.axes)}, {amount(transfer.bytes)} on each "
-                f"device, {counted(transfer.count, 'time')} a step, and then cut into pieces again: the partitioner "
-                "knew no other way from one sharding to the next."
+                f"{shape_of(transfer)} is gathered over {named(transfer.first.axes)}, {size_text(transfer.bytes)} on "
+                f"each device, {counted(transfer.count, 'time')} a step, and then cut into pieces again: the "
+                "partitioner knew no other way from one sharding to the next."
             ),
             place=seen.place(transfer),
             remedy=_REMATERIALISED,
@@ -98,9 +99,9 @@ def activations_gathered(seen: Evidence) -> Iterator[Finding]:
         for each in seen.transfers
         if each.first.kind == "all-gather"
         and not _was_asked_for(each.first.op_name)
-        and bits_of(seen.compiled.axes, each.first.axes) & splits_batch
+        and bits_of(seen.mesh, each.first.axes) & splits_batch
         and seen.varying.operand_bits(each.op, 0) & BATCH
-        and each.op.name not in seen.pieces
+        and not _is_state(seen, each)
         and _is_multiplied(seen, each)
     ]
     if not found or seen.share(found) < SLIGHT:
@@ -112,7 +113,7 @@ def activations_gathered(seen: Evidence) -> Iterator[Finding]:
         severity=severity(seen.share(found)),
         reason=(
             f"Activations are gathered over {axes}, which splits the batch, by {counted(len(found), 'collective')} "
-            f"that no annotation asks for: {amount(sum(each.total_bytes for each in found))} a step and device "
+            f"that no annotation asks for: {size_text(sum(each.total_bytes for each in found))} a step and device "
             f"({seen.share(found):.0%} of {share_of(seen, found)}), the largest {shape_of(worst)}. The compiler took "
             "the activation for the smaller thing to move."
         ),
@@ -182,12 +183,12 @@ def _where(seen: Evidence, line: str) -> str:
     name = re.search(r'op_name="([^"]*)"', line)
     file, number = re.search(r'source_file="([^"]*)"', line), re.search(r"source_line=(\d+)", line)
     if file and number:
-        return at(path_of(name.group(1)) if name else "", f"{file.group(1)}:{number.group(1)}")
+        return at(seen.paths.of(name.group(1)).path if name else "", f"{file.group(1)}:{number.group(1)}")
     if name is None:
         return ""
     alike = (op for op in seen.flow.by_name.values() if f'op_name="{name.group(1)}"' in op.attributes)
     source = next((found for op in alike if (found := seen.module.origin(op)[1])), "")
-    return at(path_of(name.group(1)), source or name.group(1))
+    return at(seen.paths.of(name.group(1)).path, source or name.group(1))
 
 
 def _done(seen: Evidence, op: Op) -> Op:
@@ -213,6 +214,12 @@ def _is_cut_into_layers(seen: Evidence, transfer: Transfer) -> bool:
         and seen.counts.get((use.computation, use.name), 0) > 1
         for use, index in trail.uses
     )
+
+
+def _is_state(seen: Evidence, transfer: Transfer) -> bool:
+    """Whether what is gathered is a weight, or other state, as it is given."""
+    number = seen.pieces.get(transfer.op.name)
+    return number is not None and seen.arguments[number].kind != "batch"
 
 
 def _is_multiplied(seen: Evidence, transfer: Transfer) -> bool:

@@ -4,9 +4,10 @@ from collections.abc import Iterator
 
 from .._hlo._text import Op
 from .._hlo._values import trip_count
-from ._evidence import SLIGHT, Evidence, Transfer, amount, are, counted, named, severity, share_of
+from ._evidence import SLIGHT, Evidence, Transfer, are, counted, named, severity, share_of
 from ._finding import Finding
 from ._flow import Trail, Value, reshaped
+from ._units import size_text
 
 
 def reductions_in_loops(seen: Evidence) -> Iterator[Finding]:
@@ -31,9 +32,9 @@ def reductions_in_loops(seen: Evidence) -> Iterator[Finding]:
             kind="reduction-in-loop",
             severity=severity(share),
             reason=(
-                f"{counted(len(tensors), 'sum')} over {named(axes)} {are(len(tensors))} taken in each of {trips} rounds "
-                f"of a loop that only adds them up: {amount(moved)} a step and device, where {amount(moved / trips)} "
-                f"after the loop would do. That is {share:.0%} of {share_of(seen, found)}."
+                f"{counted(len(tensors), 'sum')} over {named(axes)} {are(len(tensors))} taken in each of {trips} "
+                f"rounds of a loop that only adds them up: {size_text(moved)} a step and device, where "
+                f"{size_text(moved / trips)} after the loop would do. That is {share:.0%} of {share_of(seen, found)}."
             ),
             place=seen.place(max(found, key=lambda each: each.total_bytes)),
             remedy=(

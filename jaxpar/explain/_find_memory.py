@@ -4,9 +4,10 @@ import functools as ft
 import operator as op
 from collections.abc import Iterator
 
-from ._evidence import Evidence, amount, are, at, counted
+from ._evidence import Evidence, are, at, counted
 from ._finding import Finding
 from ._memory import Held
+from ._units import size_text
 
 
 def over_limit(seen: Evidence) -> Iterator[Finding]:
@@ -19,12 +20,12 @@ def over_limit(seen: Evidence) -> Iterator[Finding]:
     held = sorted(memory.held if memory else (), key=lambda each: each.bytes, reverse=True)
     largest = next((each for each in held if each.kind not in ("code", "unattributed")), None)
     over = peak - limit
-    said = f"{amount(over)} more than the" if over > 0 else f"{peak / limit:.0%} of the"
-    what = f" The largest thing is {_named(largest)}, {amount(largest.bytes)}." if largest else ""
+    said = f"{size_text(over)} more than the" if over > 0 else f"{peak / limit:.0%} of the"
+    what = f" The largest thing is {_named(largest)}, {size_text(largest.bytes)}." if largest else ""
     yield Finding(
         kind="memory",
         severity="error" if over > 0 else "warning",
-        reason=f"A device holds {amount(peak)} at its fullest, {said} {amount(limit)} that it has.{what}",
+        reason=f"A device holds {size_text(peak)} at its fullest, {said} {size_text(limit)} that it has.{what}",
         place=at(largest.path, largest.source) if largest else "",
         remedy=_change_that_fits(seen, held, peak - int(_NEAR * limit)),
         bytes=max(over, 0),
@@ -47,9 +48,9 @@ def not_donated(seen: Evidence) -> Iterator[Finding]:
         kind="not-donated",
         severity="warning" if not limit or wasted >= _WASTED * limit else "note",
         reason=(
-            f"{counted(len(both), 'argument')} of {amount(wasted)} on each device {are(len(both))} updated and not "
+            f"{counted(len(both), 'argument')} of {size_text(wasted)} on each device {are(len(both))} updated and not "
             f"donated, so the old value and the new are held at once. The largest is {largest.path}, "
-            f"{amount(largest.bytes)}."
+            f"{size_text(largest.bytes)}."
         ),
         place=largest.path,
         remedy=(
@@ -78,13 +79,13 @@ def _change_that_fits(seen: Evidence, held: list[Held], excess: int) -> str:
     by_kind: dict[str, int] = {}
     for each in held:
         by_kind[each.kind] = by_kind.get(each.kind, 0) + each.bytes
-    choices = list(_changes(seen, by_kind))
+    choices = [each for each in _changes(seen, by_kind) if each[0] >= _WASTED * excess]
     fitting = next((each for each in choices if each[0] >= excess), None)
     if fitting is not None:
-        return f"{fitting[1]} saves about {amount(fitting[0])} and fits."
+        return f"{fitting[1]} saves about {size_text(fitting[0])} and fits."
     if not choices:
         return "Use more devices, or split the batch: jp.value_and_grad(loss, accumulate=2)."
-    together = " ".join(f"{text} saves about {amount(size)}." for size, text in choices)
+    together = " ".join(f"{text} saves about {size_text(size)}." for size, text in choices)
     fits = sum(size for size, _ in choices) >= excess
     return f"{together} {'Together they fit.' if fits else 'Together they do not fit: use more devices as well.'}"
 

@@ -5,8 +5,9 @@ import re
 from collections.abc import Iterator
 
 from .._hlo._text import Op
-from ._evidence import SLIGHT, Evidence, Transfer, amount, counted, duration, named, severity, walk
+from ._evidence import SLIGHT, Evidence, Transfer, counted, named, severity, walk
 from ._finding import Finding
+from ._units import seconds_text, size_text
 
 
 def exposed(seen: Evidence) -> Iterator[Finding]:
@@ -33,9 +34,9 @@ def exposed(seen: Evidence) -> Iterator[Finding]:
             kind="exposed-communication",
             severity="warning" if share >= _EXPOSED_WARNING else "note",
             reason=(
-                f"For {duration(seconds)} of a step of {duration(timeline.step_seconds)}, {share:.0%}, devices wait "
-                f"for {named(axes)}; {duration(longest)} of that for the {worst.first.kind} that runs "
-                f"{counted(worst.count, 'time')} with {amount(worst.bytes)}."
+                f"For {seconds_text(seconds)} of a step of {seconds_text(timeline.step_seconds)}, {share:.0%}, devices "
+                f"wait for {named(axes)}; {seconds_text(longest)} of that for the {worst.first.kind} that runs "
+                f"{counted(worst.count, 'time')} with {size_text(worst.bytes)}."
             ),
             place=seen.place(worst),
             remedy=_hide(seen, axes, worst),
@@ -61,8 +62,8 @@ def small_collectives(seen: Evidence) -> Iterator[Finding]:
             severity=severity(seconds / step),
             reason=(
                 f"{counted(len(found), kind)} over {named(axes)} of "
-                f"{amount(sum(each.total_bytes for each in found) / rounds)} on average run {rounds} times a step: "
-                f"{duration(seconds)}, {seconds / step:.1%} of the step, nearly all of it the time to start one."
+                f"{size_text(sum(each.total_bytes for each in found) / rounds)} on average run {rounds} times a step: "
+                f"{seconds_text(seconds)}, {seconds / step:.1%} of the step, nearly all of it the time to start one."
             ),
             place=seen.place(max(found, key=seen.seconds)),
             remedy=(
@@ -106,9 +107,9 @@ def windowed_einsums(seen: Evidence) -> Iterator[Finding]:
         severity=severity(share),
         reason=(
             f"The compiler cut {counted(len(loops), 'matmul')} into windows, to overlap them with permutes over "
-            f"{named(worst.first.axes)}: {duration(spent)} of computation a step, {spent / plain:.1f} times what they "
-            f"take in one piece, the gather before them exposed and all ({duration(plain)}). At this shape the windows "
-            "are too narrow."
+            f"{named(worst.first.axes)}: {seconds_text(spent)} of computation a step, {spent / plain:.1f} times what "
+            f"they take in one piece, the gather before them exposed and all ({seconds_text(plain)}). At this shape "
+            "the windows are too narrow."
         ),
         place=seen.place(worst),
         remedy=(

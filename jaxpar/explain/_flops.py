@@ -20,6 +20,7 @@ from .._hlo import work_of
 from .._hlo._flops import attention, num_taps
 from .._hlo._module import Module, _quoted, _walk
 from .._hlo._text import Shape
+from .._plan import Plan
 from ._compiled import Compiled
 from ._paths import Paths
 
@@ -48,12 +49,12 @@ class Flops:
     notes: tuple[str, ...] = ()
 
 
-def count(jaxpr: Any, *, known: Iterable[str] = ()) -> Flops:
+def count(jaxpr: Any, *, plan: Plan | None = None) -> Flops:
     """The FLOPs of one run of a closed `jaxpr` of global shapes: `jax.make_jaxpr(step)(...)`.
 
     Args:
         jaxpr: What a region of `jax.shard_map` computes counts once for each device of its mesh.
-        known: Paths of parameters; modules are then spelt as there.
+        plan: That of the step, if it has one: modules are then spelt as there.
 
     Example:
         >>> layer = jax.make_jaxpr(lambda x, w: x @ w)(jnp.ones((8, 16)), jnp.ones((16, 32)))
@@ -62,6 +63,8 @@ def count(jaxpr: Any, *, known: Iterable[str] = ()) -> Flops:
     """
     counter = _Counter()
     counter.run(jaxpr.jaxpr, [_Value() for _ in jaxpr.jaxpr.invars], "jit()", 1.0)
+    records = plan.records.values() if plan is not None else ()
+    known = [record.path for record in records if record.slot in ("parameter", "frozen")]
     return _summed(counter.products, Paths(known), "jaxpr", counter.notes)
 
 
@@ -156,8 +159,8 @@ class _Value:
 _ORDER = ("lt", "le", "gt", "ge")
 _RESHAPING = frozenset({
     "bitcast_convert_type", "broadcast_in_dim", "convert_element_type", "copy", "dynamic_slice", "expand_dims",
-    "gather", "optimization_barrier", "pbroadcast", "pcast", "reshape", "rev", "sharding_constraint", "slice", "squeeze",
-    "transpose",
+    "gather", "optimization_barrier", "pbroadcast", "pcast", "reshape", "rev", "sharding_constraint", "slice",
+    "squeeze", "transpose",
 })  # fmt: skip
 _ELEMENTWISE = frozenset({
     "abs", "add", "add_any", "and", "clamp", "cos", "div", "exp", "exp2", "expm1", "integer_pow", "log", "log1p",
@@ -269,7 +272,7 @@ class _Counter:
             return [_UNKNOWN] * len(eqn.outvars)
         if str(eqn.outvars[0].aval.dtype) == "bool":
             return [_Value(mask=any(value.mask for value in given))]
-        like = [value for var, value in zip(eqn.invars, given, strict=True) if var.aval.shape == shape]
+        like = [value for var, value in zip(eqn.invars, given, strict=True) if len(var.aval.shape) == len(shape)]
         masked = any(value.masked for value in like) or (primitive == "select_n" and given[0].mask)
         products = tuple({id(each): each for value in like for each in value.products}.values())
         if masked:

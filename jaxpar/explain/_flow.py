@@ -41,8 +41,8 @@ class Trail:
 
 _HANDED_ON = frozenset({
     "copy", "copy-start", "copy-done", "bitcast", "opt-barrier", "async-done", "async-update", "all-reduce-done",
-    "all-gather-done", "collective-permute-done",
-})  # fmt: skip
+    "all-gather-done", "collective-permute-done", "slice-start", "slice-done",
+})  # fmt: skip  # slice-start: XLA:TPU brings an array near in pieces, and joins them by ConcatBitcast
 RESHAPED = frozenset({"convert", "reshape", "transpose", "bitcast-convert", "reduce-precision"})
 """Operations after which a value is the same array in another dtype or layout."""
 
@@ -128,7 +128,7 @@ class Flow:
                 found += self._parameters((*user.names("body"), *user.names("condition")), 0, value.part)
             elif opcode == "conditional" and index > 0:
                 found += self._parameters(_branches(user)[index - 1 : index], 0, value.part)
-            elif opcode in _HANDED_ON:
+            elif opcode in _HANDED_ON or "ConcatBitcast" in user.attributes:
                 found.append(dataclasses.replace(result, part=value.part if opcode == "opt-barrier" else None))
             elif through(user, index):
                 found.append(result)
@@ -172,7 +172,8 @@ class Flow:
             return Value(op.computation, op.operands[0], int(index)) if index and index.isdigit() else None
         if op.opcode == "tuple" and part is not None and part < len(op.operands):
             return Value(op.computation, op.operands[part])
-        if (op.opcode in _HANDED_ON or op.opcode in through) and op.operands:
+        handed_on = op.opcode in _HANDED_ON or op.opcode in through or "ConcatBitcast" in op.attributes
+        if handed_on and op.operands:
             return Value(op.computation, op.operands[0], part)
         if op.opcode in ("fusion", "call"):
             for name in (*op.names("calls"), *op.names("to_apply")):

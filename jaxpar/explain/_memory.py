@@ -82,8 +82,11 @@ class Memory:
 def memory(module: Module, compiled: Compiled) -> Memory:
     """What one device holds at the fullest moment of `compiled`, whose text is read as `module`.
 
-    Never raises for what the text holds; of text that cannot be read, all is unattributed.
+    Never raises for what the text holds; of text that cannot be read, all is unattributed. Of a program that the
+    compiler refused there is no text: see `from_arguments`.
     """
+    if compiled.refusal:
+        return from_arguments(compiled)
     live = liveness(module)
     curve = live.curve((HBM,))
     moment = max(curve, key=lambda point: point[1])[0]

@@ -1,11 +1,13 @@
-"""What XLA:TPU says when a program does not fit: how much it needs, and where it says so the largest allocations.
+"""The largest allocations of a program that does not fit, where XLA:TPU's refusal lists them.
 
-Two forms. A line, `the total memory required for HLO temporaries (20.80G) exceeds available HBM (15.75G)`; or a table,
-`Used 41.74G of 16.00G hbm`, then numbered allocations with their operator, shape and padding.
+It does when it gives up after buffer assignment: `Used 41.74G of 16.00G hbm`, then numbered allocations with operator,
+shape and padding. When it gives up earlier it says one line, with a figure and no list.
 """
 
 import dataclasses
 import re
+
+from ._target import size_in_bytes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -26,7 +28,7 @@ class Allocation:
 
 
 def allocations(refusal: str) -> tuple[Allocation, ...]:
-    """The allocations that a refusal lists, largest first as it does; none for the short form."""
+    """The allocations that a refusal lists, largest first as it does."""
     found = []
     for entry in _ENTRY.split(refusal)[1:]:
         size = _SIZE.match(entry)
@@ -37,7 +39,7 @@ def allocations(refusal: str) -> tuple[Allocation, ...]:
         kind = re.search(r"^\s*Allocation type: (.*)$", entry, re.MULTILINE)
         found.append(
             Allocation(
-                bytes=_bytes(size.group(1)),
+                bytes=size_in_bytes(size.group(1)),
                 shape=shape.group(1) if shape else "",
                 op_name=name.group(1) if name else "",
                 is_argument=kind is not None and "temp" not in kind.group(1).lower(),
@@ -46,20 +48,5 @@ def allocations(refusal: str) -> tuple[Allocation, ...]:
     return tuple(found)
 
 
-def temporaries_needed(refusal: str) -> int:
-    """Bytes that a refusal says temporaries alone need; 0 if it does not say that."""
-    found = re.search(r"HLO temporaries \(([\d.]+[KMGT]?)i?B?\)", refusal)
-    return _bytes(found.group(1)) if found else 0
-
-
 _ENTRY = re.compile(r"^\s*\d+\\?\. (?=Size: )", re.MULTILINE)
-_SIZE = re.compile(r"Size: ([\d.]+[KMGT]?)")
-_UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-
-
-def _bytes(written: str) -> int:
-    unit = _UNITS.get(written[-1:], 1)
-    try:
-        return round(float(written.rstrip("KMGT")) * unit)
-    except ValueError:
-        return 0
+_SIZE = re.compile(r"Size: (\d+(?:\.\d+)?[KMGT]?)")

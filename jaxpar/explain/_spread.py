@@ -9,7 +9,6 @@ A *split* is, for each dim, the axes that cut it.
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 from ._trace import Block, Op, Value
 
@@ -33,7 +32,7 @@ class Spread:
 
     def shape(self, value: Value) -> tuple[int, ...]:
         """One device's piece of `value`."""
-        return tuple(-(-size // self._count(axes)) for size, axes in zip(value.shape, self.split(value), strict=True))
+        return tuple(-(-size // self.parts(axes)) for size, axes in zip(value.shape, self.split(value), strict=True))
 
     def size(self, value: Value) -> int:
         """Elements of one device's piece."""
@@ -48,7 +47,7 @@ class Spread:
         if op.name != "scan":
             return 1
         at = op.params["num_consts"] + op.params["num_carry"]
-        cuts = [self._count(self.split(value)[0]) for value in op.inputs[at:] if value is not None and value.shape]
+        cuts = [self.parts(self.split(value)[0]) for value in op.inputs[at:] if value is not None and value.shape]
         return max(1.0, op.trips / max(cuts, default=1))
 
     def run(self, block: Block, inputs: Sequence[Split]) -> list[Split]:
@@ -65,7 +64,8 @@ class Spread:
         """The splits of what `op` reads; nothing for literals."""
         return [() if value is None else self.split(value) for value in op.inputs]
 
-    def _count(self, axes: Sequence[str]) -> int:
+    def parts(self, axes: Sequence[str]) -> int:
+        """Into how many parts `axes` cut a dim."""
         return math.prod(self.sizes[axis] for axis in axes)
 
 
@@ -107,7 +107,7 @@ def _alike(spread: Spread, op: Op) -> list[Split]:
 
 def _broadcast(spread: Spread, op: Op) -> list[Split]:
     (out,), value, split = op.outputs, op.inputs[0], spread.given(op)[0]
-    made = [()] * len(out.shape)
+    made: list[tuple[str, ...]] = [()] * len(out.shape)
     for dim, to in enumerate(op.params["broadcast_dimensions"] if value is not None else ()):
         if value is not None and value.shape[dim] == out.shape[to]:
             made[to] = split[dim]
@@ -143,7 +143,7 @@ def _reshape(spread: Spread, op: Op) -> list[Split]:
         at = next((dim for dim in range(first, i + 1) if old[dim] > 1), first)
         to = next((dim for dim in range(start, j + 1) if new[dim] > 1), start)
         axes = split[at]
-        if axes and new[to] % spread._count(axes) == 0:
+        if axes and new[to] % spread.parts(axes) == 0:
             made[to] = axes
         i, j = i + 1, j + 1
     return [tuple(made)]
@@ -239,7 +239,8 @@ def _scan(spread: Spread, op: Op) -> list[Split]:
     scanned = [split[1:] if value is not None else split for value, split in zip(op.inputs, given, strict=True)]
     carry = given[num_consts : num_consts + num_carry]
     leads = [split[0] for value, split in zip(op.inputs, given, strict=True) if value is not None and split]
-    for _ in range(3):
+    found: list[Split] = []
+    for _ in range(3):  # cuts only ever join, so this ends
         inputs = [*given[:num_consts], *carry, *scanned[num_consts + num_carry :]]
         found = spread.run(block, inputs)
         after = [

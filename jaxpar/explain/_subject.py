@@ -45,7 +45,7 @@ class Subject:
         donated: Positions of those that are given away.
         mesh: `None` for a function of one device, whatever that is.
         plan: The plan, if there is one.
-        step: The user's own step of the plan, for how often it has been compiled.
+        step: What `plan.jit` made, if that was given.
         program: The program, if that was given: what an estimate is made from.
         options: XLA options.
         notes: What was assumed, and what the plan did.
@@ -73,7 +73,7 @@ class Subject:
         return batch[0].shape[0] if batch else 0
 
 
-def subject(step: Any, args: tuple[Any, ...], kwargs: dict[str, Any], on: Any) -> Subject:
+def subject(step: Any, args: tuple[Any, ...], kwargs: dict[str, Any], on: AnyMesh | None) -> Subject:
     """Make `step` with these arguments a function of arrays, on the mesh `on` or its own.
 
     Raises:
@@ -136,8 +136,7 @@ def _of_step(step: StepFunction, args: tuple[Any, ...], kwargs: dict[str, Any], 
         return jax.ShapeDtypeStruct(shape, dtype, weak_type=weak, sharding=sharding)
 
     args, kwargs = (_map_arrays(placed, each) for each in (args, kwargs))
-    made = _of_flat(step.on(plan).flat(*args, **kwargs), plan, step.__name__)
-    return dataclasses.replace(made, step=step)
+    return dataclasses.replace(_of_flat(step.on(plan).flat(*args, **kwargs), plan, step.__name__), step=step)
 
 
 def _of_flat(flat: Flat, plan: Any, name: str) -> Subject:
@@ -202,13 +201,14 @@ def _arguments(
             bytes=bytes_of(shape, shape.sharding),
             donated=index in donated,
             axes=_axes(shape.sharding),
-            weak=shape.weak_type,
+            weak=bool(shape.weak_type),
         )
         for index, (shape, path, kind) in enumerate(zip(shapes, paths, kinds, strict=True))
     )
 
 
 def _axes(sharding: Any) -> tuple[str, ...] | None:
+    """The axes that split an array."""
     if not isinstance(sharding, NamedSharding):
         return None
     return tuple(axis for entry in sharding.spec for axis in axes_at(entry))
@@ -232,15 +232,7 @@ def _of_function(
     mesh = on if on is not None else next(iter(found), None)
     types = [_calls.type_of(array) for array in call.arrays]
     shapes = [jax.ShapeDtypeStruct(shape, dtype, weak_type=weak) for shape, dtype, weak in types]
-    try:
-        closed = jax.make_jaxpr(flat)(*shapes)
-    except ValueError as error:
-        if "`compiler_options` can only be passed to top-level" not in str(error):
-            raise
-        raise StepError(
-            f"explain: {name} is jitted with compiler_options, which JAX allows at the top alone. Give it without: "
-            f"explain(jax.jit({name}), ..., compiler_options=...)."
-        ) from error
+    closed = jax.make_jaxpr(flat)(*shapes)
     own = _jitted(closed)
     ins = [
         _placed(first, getattr(array, "sharding", None), mesh)

@@ -22,11 +22,59 @@ from .._birth import no_eager_sharding
 from .._recipe import Program
 
 HEAVY = frozenset(
-    "dot_general conv_general_dilated ragged_dot ragged_dot_general scan while cond sort top_k gather scatter "
-    "scatter-add scatter_add scatter-mul scatter_mul scatter-min scatter_min scatter-max scatter_max "
-    "dynamic_update_slice cumsum cumprod cummax cummin cumlogsumexp argmax argmin reduce_sum reduce_max reduce_min "
-    "reduce_prod reduce_and reduce_or reduce_xor reduce reduce_window select_and_scatter_add pallas_call custom_call "
-    "ffi_call fft cholesky eigh svd qr triangular_solve all_to_all all_gather psum ppermute shard_map".split()
+    (
+        "dot_general",
+        "conv_general_dilated",
+        "ragged_dot",
+        "ragged_dot_general",
+        "scan",
+        "while",
+        "cond",
+        "sort",
+        "top_k",
+        "gather",
+        "scatter",
+        "scatter-add",
+        "scatter_add",
+        "scatter-mul",
+        "scatter_mul",
+        "scatter-min",
+        "scatter_min",
+        "scatter-max",
+        "scatter_max",
+        "dynamic_update_slice",
+        "cumsum",
+        "cumprod",
+        "cummax",
+        "cummin",
+        "cumlogsumexp",
+        "argmax",
+        "argmin",
+        "reduce_sum",
+        "reduce_max",
+        "reduce_min",
+        "reduce_prod",
+        "reduce_and",
+        "reduce_or",
+        "reduce_xor",
+        "reduce",
+        "reduce_window",
+        "select_and_scatter_add",
+        "pallas_call",
+        "custom_call",
+        "ffi_call",
+        "fft",
+        "cholesky",
+        "eigh",
+        "svd",
+        "qr",
+        "triangular_solve",
+        "all_to_all",
+        "all_gather",
+        "psum",
+        "ppermute",
+        "shard_map",
+    )
 )
 """Operations that read and write memory; what is not among them is fused into its readers."""
 

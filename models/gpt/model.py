@@ -56,6 +56,11 @@ class GPT(nnx.Module):
         Returns:
             [B, T, D].
         """
+        if tokens.shape[1] > self.cfg.max_positions:
+            raise ValueError(
+                f"a sequence of {tokens.shape[1]} tokens, but the model has max_positions={self.cfg.max_positions}. "
+                "Cut the sequences, or give the model more positions."
+            )
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         if segments is None:
