@@ -10,13 +10,14 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import jax
-from jax.sharding import AbstractMesh, Mesh
+from jax.sharding import Mesh
 
 from .. import _hardware, _hlo, _mesh
 from .._errors import StepError
 from .._hlo import MeshAxes
 from .._types import AnyMesh
 from . import _export, _target
+from ._axes import mesh_axes
 from ._child import compile_elsewhere
 from ._collectives import rows
 from ._compiled import Compiled
@@ -234,21 +235,6 @@ def assemble(
         notes=notes,
         compile_seconds=compiled.seconds,
     )
-
-
-def mesh_axes(mesh: AnyMesh) -> MeshAxes:
-    """The axes of a mesh as HLO text needs them; of one whose hardware is elsewhere, too."""
-    found = _hlo.mesh_axes(mesh)
-    factors = _mesh.dcn_factors(mesh) if isinstance(mesh, AbstractMesh) else {}
-    if not factors:
-        return found
-    import numpy as np
-
-    slices = np.zeros((), int)  # slices are the outer part of each axis that crosses them
-    for axis, size in zip(found.names, found.sizes, strict=True):
-        factor = factors.get(axis, 1)
-        slices = slices[..., None] * factor + np.arange(size) // (size // factor)
-    return dataclasses.replace(found, slices=tuple(int(each) for each in slices.ravel()))
 
 
 def _with_options(made: Subject, options: Mapping[str, Any] | None) -> Subject:
