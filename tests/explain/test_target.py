@@ -1,8 +1,11 @@
 """How hardware that is not here is named to its compiler."""
 
+import types
+
 import pytest
 
 from jaxpar import _hardware
+from jaxpar.explain import _compiler
 from jaxpar.explain._target import gpu_config, refused_bytes, topology
 
 
@@ -32,6 +35,15 @@ def test_gpus_by_a_description(chip):
     said = int(text.partition("memory_bandwidth: ")[2].split()[0])
     assert said == pytest.approx(hardware.chip.hbm, rel=1e-3)
     assert int(text.partition("device_memory_size: ")[2].split()[0]) == pytest.approx(hardware.memory, rel=1e-2)
+
+
+def test_gpus_are_ordered_by_host_where_an_axis_crosses_hosts():
+    """Axis by axis, hosts outermost: as `jp.mesh` lays a mesh on attached GPUs."""
+    gpus = [types.SimpleNamespace(id=at, process_index=at // 4) for at in range(8)]
+    order = _compiler._ordered_gpus(gpus[::-1], {"data": 2, "fsdp": 4}, {"data": 2})
+    assert [[gpu.id for gpu in row] for row in order] == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    order = _compiler._ordered_gpus(gpus, {"data": 2, "fsdp": 4}, {"fsdp": 2})
+    assert [[gpu.id for gpu in row] for row in order] == [[0, 1, 4, 5], [2, 3, 6, 7]]
 
 
 @pytest.mark.parametrize(
