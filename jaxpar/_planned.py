@@ -6,23 +6,28 @@ remat. For nnx modules that is a subclass of each `Variable`'s type, taken on on
 pytrees it is the argument of the loss (`jp.value_and_grad`). The user's own objects never change.
 
 Reading is a cast to the compute dtype on the shard, then the move to the compute spec: a bfloat16 gather costs half of
-a float32 one. Its gradient is constrained to the gradient spec, which is what lets the compiler reduce-scatter.
+a float32 one. Its gradient is cut as the update wants it, which is what lets the compiler reduce-scatter. Reading can
+be differentiated any number of times, forward and backward: see `_Move.tangent`.
 """
 
 import contextlib
 import dataclasses
 import functools as ft
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.extend import core as jax_core
 from jax.sharding import NamedSharding, PartitionSpec
 
-from . import _context, _tree
+from . import _context, _traits, _tree
 from ._context import Region
-from ._plan import Record
+from ._errors import ShardingError, listed
+from ._plan import TABLE, Record, gradient_route
+from ._rules import fold_layers
+from ._slots import Part
 from ._types import PyTree
 
 
@@ -37,11 +42,13 @@ class Traced(Region):
         dims: Logical dims of activations that were named.
         notes: What a reader of the step should know.
         values: What each parameter was read as, in each trace inside.
+        tables: Paths of parameters that the step looks up by index, as far as the plan does not say so.
     """
 
     dims: set[str] = dataclasses.field(default_factory=set)
     notes: list[str] = dataclasses.field(default_factory=list)
     values: dict[Any, Any] = dataclasses.field(default_factory=dict)
+    tables: frozenset[str] = frozenset()
 
     def __hash__(self) -> int:
         return hash((id(self.values), self.replicas))
@@ -56,21 +63,24 @@ class _Move:
 
     storage: NamedSharding
     compute: NamedSharding
-    gradient: NamedSharding
-    stored: Any
+    route: tuple[NamedSharding, ...]
     dtype: Any
+    path: str
 
     def forward(self, value: jax.Array) -> jax.Array:
         if self.dtype != value.dtype:
             value = jax.lax.with_sharding_constraint(value.astype(self.dtype), self.storage)
         return jax.lax.with_sharding_constraint(value, self.compute)
 
-    def backward(self, cotangent: jax.Array) -> jax.Array:
-        # Summed first as the parameter was used, then cut: an all-reduce and a slice, which compilers fuse into a
-        # reduce-scatter. Straight to the gradient spec, the partitioner splits an embedding's scatter-add by
-        # vocabulary and gathers activations for it.
-        cotangent = jax.lax.with_sharding_constraint(cotangent.astype(self.stored), self.compute)
-        return jax.lax.with_sharding_constraint(cotangent, self.gradient)
+    def tangent(self, value: jax.Array) -> jax.Array:
+        """The linear map that stands for `forward` under differentiation, written for its transpose.
+
+        A constraint transposes to itself, so a cotangent passes this backwards: widened first, so that it is summed in
+        the stored dtype, then along its route.
+        """
+        for sharding in reversed(self.route):
+            value = jax.lax.with_sharding_constraint(value, sharding)
+        return value.astype(self.dtype)
 
 
 def read(value: jax.Array, record: Record, region: Region, *, layers: int = 0) -> jax.Array:
@@ -82,49 +92,140 @@ def read(value: jax.Array, record: Record, region: Region, *, layers: int = 0) -
         region: Where in the step it is read.
         layers: Leading dims of the record that `value` lacks: 1 inside a scan over layers.
     """
-    storage, compute, gradient = (
-        PartitionSpec(*tuple(spec)[layers:]) for spec in (record.storage, record.compute, record.gradient)
-    )
-    move = _Move(
-        region.sharding(storage),
-        region.sharding(compute),
-        region.sharding(gradient),
-        value.dtype,
-        record.compute_dtype if jnp.issubdtype(value.dtype, jnp.floating) else value.dtype,
-    )
+    plan = region.plan
+    crossed = tuple(axis for axis in region.batch_axes if plan.axes[axis] > 1)
+    table = record.role == TABLE or (isinstance(region, Traced) and record.path in region.tables)
+    route = gradient_route(plan, record, crossed, table=table)
+
+    def here(spec: PartitionSpec) -> NamedSharding:
+        return region.sharding(PartitionSpec(*tuple(spec)[layers:]))
+
+    if not jnp.issubdtype(value.dtype, jnp.floating):
+        return jax.lax.with_sharding_constraint(value, here(record.compute))
+    move = _Move(here(record.storage), here(record.compute), tuple(map(here, route)), record.compute_dtype, record.path)
     return _read(value, move)
 
 
-def gather(params: PyTree) -> PyTree:
+GATHERED = "jaxpar.gather"
+LAYER_GATHERED = "jaxpar.gather of a layer"
+"""The names that parameters of plain pytrees, and layers of them, have in a jaxpr once they are read."""
+
+
+def gather(params: PyTree, path: str | None = None) -> PyTree:
     """Parameters of a plain pytree as a model computes with them: cast, and gathered where the plan says so.
 
-    For a step that does not differentiate, such as evaluation; `jp.value_and_grad` does it for its loss. nnx modules
-    need neither: their variables gather themselves where they are read. Identity outside of `plan.jit`.
+    A step that differentiates needs it for one thing only: in the body of its own `jax.lax.scan` over stacked layers,
+    `jp.gather(layer)` holds one layer whole at a time, where otherwise all are. For the rest, `jp.value_and_grad`
+    gathers at the start of its loss what the loss does not gather itself. A step that does not differentiate, such as
+    evaluation, gathers all that it uses. nnx modules need none of this: their variables gather themselves where they
+    are read. Identity outside of `plan.jit`.
 
-    Moves one all-gather of every parameter that FSDP shards; all of them are whole until their last use.
+    Moves one all-gather of every parameter, or layer, that FSDP shards, and in the backward pass one reduce-scatter of
+    its gradient, there. What is gathered is whole until its last use, and the backward pass is one: rematerialise the
+    body of a scan, `jax.lax.scan(jp.remat(body, "full"), ...)`, or the backward pass keeps every layer whole. The
+    step's `notes` say which layers are gathered where.
+
+    Args:
+        params: Parameters, some of them, or one layer of stacked ones (`dims=[("blocks.*", ("layers", ...))]`).
+        path: Where they live in the model, where their own names do not tell: `jp.gather(layer, "blocks")`.
 
     Raises:
-        ShardingError: A leaf belongs to two parameters that lie differently.
+        ShardingError: The plan has none of them; or a leaf may be one of two parameters that lie differently.
 
     Example:
-        >>> params = {"w": jnp.ones((64, 64))}
-        >>> plan = jp.plan(lambda: params, jp.mesh(fsdp=-1), [jp.FSDP()])
+        >>> plan = jp.plan(lambda: {"w": jnp.ones((64, 64))}, jp.mesh(fsdp=-1), [jp.FSDP()])
         >>> predict = plan.jit(lambda params, x: x @ jp.gather(params)["w"])
         >>> predict(plan.init(), plan.batch(jnp.ones((8, 64)))).shape
         (8, 64)
+
+        Four layers, one of them whole at a time:
+
+        >>> plan = jp.plan(
+        ...     lambda: {"blocks": {"w": jnp.ones((4, 64, 64))}},
+        ...     jp.mesh(fsdp=-1),
+        ...     [jp.FSDP()],
+        ...     dims=[("blocks.*", ("layers", ...))],
+        ... )
+        >>> def loss(params, x):
+        ...     def block(x, layer):
+        ...         return jnp.tanh(x @ jp.gather(layer, "blocks")["w"]), None
+        ...
+        ...     return jnp.mean(jax.lax.scan(jp.remat(block, "full"), x, params["blocks"])[0] ** 2)
+        >>> step = plan.jit(jp.value_and_grad(loss))
+        >>> value, gradients = step(plan.init(), plan.batch(jnp.ones((8, 64))))
+        >>> gradients["blocks"]["w"].sharding.spec
+        P(None, 'fsdp')
     """
     region = _context.current()
     if region is None:
         return params
     flat = _tree.flatten(params)
-    return flat.build({path: _read_leaf(path, leaf, region) for path, leaf in flat.leaves.items()})
+    matcher = region.plan.matcher
+    found = {at: matcher.part(at, leaf.shape, within=path) for at, leaf in flat.leaves.items()}
+    if flat.leaves and not any(found.values()):
+        shown = listed([f"{at or 'the array'} {leaf.shape}" for at, leaf in flat.leaves.items()])
+        inside = "" if path is None else f" in {path!r}"
+        raise ShardingError(
+            f"jp.gather: the plan has no parameter{inside}, nor a layer of one, such as\n{shown}\nSay where it lives "
+            f'in the model, jp.gather(layer, "blocks"); parameters here are {", ".join(_some(region.plan))}.'
+        )
+    read = {at: leaf if found[at] is None else _read_part(leaf, found[at], region) for at, leaf in flat.leaves.items()}
+    return flat.build(read)
 
 
-def _read_leaf(path: str, leaf: jax.Array, region: Region) -> jax.Array:
-    match = region.plan.matcher.match(path, leaf.shape)
-    if match is None or match.record.slot not in ("parameter", "frozen"):
-        return leaf
-    return read(leaf, match.record, region)
+def _some(plan: Any) -> list[str]:
+    paths = list(dict.fromkeys(fold_layers(record.path for record in plan.parameters)))
+    return [*paths[:4], *(["..."] if len(paths) > 4 else [])]
+
+
+def gathered_by(function: Callable[..., Any], params: PyTree, *args: Any) -> frozenset[str]:
+    """Paths of the leaves of `params` that `function(params, *args)` gathers itself, whole or by layers.
+
+    Traces `function` once more, if the plan in force moves any parameter.
+
+    Args:
+        function: A loss.
+        params: A plain pytree.
+        args: Pytrees of arrays or of their shapes.
+    """
+    region = _context.current()
+    if region is None or all(record.compute == record.storage for record in region.plan.parameters):
+        return frozenset()
+    apart = dataclasses.replace(region, dims=set(), notes=[], values={}) if isinstance(region, Traced) else region
+    flat, rest = _tree.flatten(params), _tree.flatten(args)
+
+    def call(*leaves: jax.Array) -> list[jax.Array]:
+        own = dict(zip(flat.leaves, leaves, strict=False))
+        theirs = dict(zip(rest.leaves, leaves[len(own) :], strict=True))
+        with _context.entered(apart):
+            out = function(flat.build(own), *rest.build(theirs))
+        return list(filter(_tree.is_array, jax.tree.leaves(out)))
+
+    jaxpr = jax.make_jaxpr(call)(*flat.leaves.values(), *rest.leaves.values()).jaxpr
+    found = _traits.tags_met(jaxpr, (GATHERED, LAYER_GATHERED))
+    return frozenset(path for index, path in enumerate(flat.leaves) if index in found)
+
+
+def gather_others(params: PyTree, gathered: frozenset[str]) -> PyTree:
+    """`params`, a plain pytree, with all parameters read but those at the paths in `gathered`, and what is none."""
+    region = _context.current()
+    if region is None:
+        return params
+    flat = _tree.flatten(params)
+
+    def one(path: str, leaf: jax.Array) -> jax.Array:
+        match = None if path in gathered else region.plan.matcher.match(path, leaf.shape)
+        if match is None or match.record.shape != leaf.shape:
+            return leaf
+        return _read_part(leaf, Part(match.record, 0), region)
+
+    return flat.build({path: one(path, leaf) for path, leaf in flat.leaves.items()})
+
+
+def _read_part(leaf: jax.Array, part: Part, region: Region) -> jax.Array:
+    return checkpoint_name(
+        read(leaf, part.record, region, layers=part.layers), LAYER_GATHERED if part.layers else GATHERED
+    )
 
 
 @contextlib.contextmanager
@@ -195,17 +296,19 @@ def _read_variable(variable: Any, value: Any) -> Any:
     return kept[-1][2]
 
 
-@ft.partial(jax.custom_vjp, nondiff_argnums=(1,))
+@ft.partial(jax.custom_jvp, nondiff_argnums=(1,))
 def _read(value: jax.Array, move: _Move) -> jax.Array:
-    return move.forward(value)
+    with jax.named_scope(scope_of(move.path)):
+        return move.forward(value)
 
 
-def _read_forward(value: jax.Array, move: _Move) -> tuple[jax.Array, Any]:
-    return move.forward(value), None
+@_read.defjvp
+def _read_jvp(move: _Move, values: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[jax.Array, jax.Array]:
+    value = _read(values[0], move)
+    with jax.named_scope(scope_of(move.path)):
+        return value, move.tangent(tangents[0])
 
 
-def _read_backward(move: _Move, _: None, cotangent: jax.Array) -> tuple[jax.Array]:
-    return (move.backward(cotangent),)
-
-
-_read.defvjp(_read_forward, _read_backward)
+def scope_of(path: str) -> str:
+    """The scope that names operations by the whole plan path of what they work on, whatever else is open."""
+    return f"@{path}"

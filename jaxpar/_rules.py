@@ -63,7 +63,7 @@ class Leaf:
         layers: Leading dims that stack equal blocks: 0 or 1. Never split; strategies see the dims after them.
         names: A logical name for each dim, or `None` where the model carries none.
         owner: The type name of the object that holds it as an attribute; `""` for an item of a dict or a list.
-        role: `"column"` or `"row"` if tensor parallelism splits its outputs or its inputs.
+        role: `"column"` or `"row"` if tensor parallelism splits its outputs or its inputs; `""` otherwise.
         trainable: Whether it has a gradient and optimiser state.
         storage: Axes of each dim as stored between steps.
         compute: Axes of each dim as the model reads it.
@@ -191,6 +191,20 @@ def largest_divisible(leaf: Leaf, draft: Draft, size: int, *, field: str) -> int
             candidate = (not taken, free, -dim)
             best = max(best, candidate) if best else candidate
     return None if best is None else -best[2]
+
+
+def is_table(leaf: Leaf) -> bool:
+    """Whether the rows of `leaf` are looked up by index, as far as its dims or its names tell."""
+    if leaf.names is not None:
+        return leaf.names[:1] == ("vocab",)
+    return leaf.ndim == 2 and leaf.name != "kernel" and leaf.owner != "Linear" and is_called_embedding(leaf)
+
+
+def is_called_embedding(leaf: Leaf) -> bool:
+    """Whether the leaf, what holds it, or the type of that is called an embedding."""
+    names = [part.lower() for part in (leaf.owner, *leaf.alias.split(".")[-2:])]
+    called_so = any(name.startswith("emb") or name.endswith(("embed", "embedding", "wte")) for name in names)
+    return called_so and not any(name.startswith("unemb") for name in names)
 
 
 def way_out(size: int, axis: str, axis_size: int) -> str:

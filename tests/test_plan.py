@@ -120,15 +120,12 @@ HYBRIDS = {
     "dp fsdp": ({"data": 2, "fsdp": 4}, [jp.DP(), jp.FSDP()]),
     "dp fsdp blocks": ({"data": 2, "fsdp": 4}, [jp.DP(), BLOCKS]),
     "dp fsdp tp blocks": ({"data": 2, "fsdp": 2, "tensor": 2}, [jp.DP(), BLOCKS, TP]),
+    "zero 1 fsdp": ({"data": 2, "fsdp": 4}, [jp.ZeRO(1), jp.FSDP()]),
+    "zero 2 fsdp blocks": ({"data": 2, "fsdp": 4}, [jp.ZeRO(2), BLOCKS]),
 }
-summed_whole = pytest.mark.xfail(
-    strict=True,
-    reason="A gradient that is cut over one axis and summed over another is summed whole over both, then cut: the read "
-    "constrains it to its compute spec first.",
-)
 
 
-@pytest.mark.parametrize("name", [*CASES, *(pytest.param(name, marks=summed_whole) for name in HYBRIDS)])
+@pytest.mark.parametrize("name", [*CASES, *HYBRIDS])
 @pytest.mark.parametrize("transform", [nnx.value_and_grad, jp.value_and_grad], ids=["users own", "jaxpars"])
 def test_follow_agrees_with_the_compiled_step(name, transform):
     """Every collective of the step is a move of some leaf, or the sum of the loss; every move is a collective."""

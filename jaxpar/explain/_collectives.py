@@ -2,6 +2,12 @@
 
 import dataclasses
 
+from .._hlo import Collective, Module
+from .._plan import Plan
+from ._compiled import Compiled
+from ._paths import Paths
+from ._timeline import Timeline, mesh_of
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Row:
@@ -40,3 +46,38 @@ class Row:
     seconds: float
     exposed_seconds: float
     name: str
+
+
+def rows(module: Module, compiled: Compiled, timeline: Timeline | None, plan: Plan | None = None) -> tuple[Row, ...]:
+    """The collectives of `compiled`, read as `module`, in the order of the program.
+
+    Without a timeline there are no seconds, and what each device sends is not known: both are 0.
+    """
+    found: dict[tuple[str, str], list[Collective]] = {}
+    for collective in module.collectives(mesh_of(module, compiled)):
+        found.setdefault((collective.computation, collective.name), []).append(collective)
+    known = [each.path for each in compiled.arguments if each.kind in ("parameter", "frozen")]
+    paths = Paths(known)
+    return tuple(_row(place, tensors, timeline, paths) for place, tensors in found.items())
+
+
+def _row(place: tuple[str, str], tensors: list[Collective], timeline: Timeline | None, paths: Paths) -> Row:
+    leading = max(tensors, key=lambda each: each.bytes)
+    seconds, wire_bytes, algorithm = (0.0, 0, "") if timeline is None else timeline.transfers.get(place, (0.0, 0, ""))
+    return Row(
+        kind=leading.kind,
+        spelling=leading.spelling,
+        axes=leading.axes,
+        bytes=sum(each.bytes for each in tensors),
+        wire_bytes=wire_bytes,
+        algorithm=algorithm,
+        count=leading.count,
+        depth=leading.depth,
+        conditional=leading.conditional,
+        path=paths.of(leading.op_name).path,
+        source=leading.source,
+        expected=None,
+        seconds=seconds,
+        exposed_seconds=0.0 if timeline is None else timeline.exposed.get(place, 0.0),
+        name=leading.name,
+    )

@@ -21,6 +21,8 @@ class Argument:
         dtype: As numpy calls it.
         bytes: On one device, without padding.
         donated: Whether the program may reuse its memory.
+        axes: The mesh axes that split it; `None` if not known.
+        weak: Whether its dtype is weak, as a Python number's is: another call may bring a strong one.
     """
 
     path: str
@@ -29,6 +31,8 @@ class Argument:
     dtype: str
     bytes: int
     donated: bool = False
+    axes: tuple[str, ...] | None = None
+    weak: bool = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -64,6 +68,7 @@ class Compiled:
         refusal: What the compiler said when it refused: that the program does not fit, and by how much.
         needed: Bytes a device would need, as the refusal says; 0 if it did not refuse.
         seconds: That compilation took; 0 from the cache.
+        log: Lines that the compiler wrote while it ran.
     """
 
     name: str
@@ -78,3 +83,4 @@ class Compiled:
     refusal: str = ""
     needed: int = 0
     seconds: float = 0.0
+    log: tuple[str, ...] = ()

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 from .._errors import ShardingError
-from .._rules import Draft, Leaf, check_patterns, fold_layers, matches, way_out
+from .._rules import Draft, Leaf, check_patterns, fold_layers, is_called_embedding, matches, way_out
 from .._strategy import Strategy
 
 SPLIT_NAMES = ("heads", "kv", "mlp", "vocab")
@@ -171,10 +171,9 @@ def _is_convolution(leaf: Leaf) -> bool:
 
 
 def _vocab_dim(leaf: Leaf) -> int:
-    names = [part.lower() for part in (leaf.owner, *leaf.alias.split(".")[-2:])]
-    is_embedding = any(name.startswith("emb") or name.endswith(("embed", "embedding", "wte")) for name in names)
-    if is_embedding and not any(name.startswith("unemb") for name in names):
+    if is_called_embedding(leaf):
         return 0
+    names = [part.lower() for part in (leaf.owner, *leaf.alias.split(".")[-2:])]
     if leaf.name == "kernel" or any("head" in name or name.startswith("unemb") for name in names):
         return leaf.ndim - 1
     return int(leaf.shape[-1] > leaf.shape[leaf.layers])
