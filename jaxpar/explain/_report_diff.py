@@ -42,14 +42,6 @@ class Change:
         numbers = [isinstance(each, int | float) for each in (self.mine, self.theirs)]
         return self.theirs / self.mine if all(numbers) and self.mine else None
 
-    @property
-    def size(self) -> float:
-        """How much of a change it is: of which sign and unit does not matter, and a word is the most."""
-        numbers = [each or 0 for each in (self.mine, self.theirs)]
-        if not all(isinstance(each, int | float) and math.isfinite(each) for each in numbers):
-            return math.inf
-        return abs(numbers[1] - numbers[0])
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Difference:
@@ -66,12 +58,11 @@ class Difference:
         return "\n".join(columns(self.rows(), right=(2, 3, 4)))
 
     def rows(self) -> list[tuple[str, ...]]:
-        """The table, its titles first; of each section the largest changes, in their order, and how many more."""
+        """The table, its titles first; of each section the first changes, and how many more."""
         found = [("", "", "this", "other", "")]
         for section in dict.fromkeys(change.section for change in self.changes):
             changes = [change for change in self.changes if change.section == section]
-            kept = sorted(sorted(range(len(changes)), key=lambda index: -changes[index].size)[:_MOST])
-            for place, change in enumerate(changes[index] for index in kept):
+            for place, change in enumerate(changes[:_MOST]):
                 values = (shortened(_said(each, change.unit), 24) for each in (change.mine, change.theirs))
                 first = section if place == 0 else ""
                 found.append((first, shortened(change.what, 44), *values, _percent(change.ratio)))
