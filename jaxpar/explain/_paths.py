@@ -104,7 +104,10 @@ def _read(op_name: str) -> tuple[tuple[str, ...], str, str]:
         if _MERGED.fullmatch(part):
             members = [_read("/".join((*parts[:index], each))) for each in _split(part[1:-1], ":")]
             scopes = _shared([scopes for scopes, _, _ in members])
-            return scopes, _same(phase for _, phase, _ in members), _same(primitive for *_, primitive in members)
+            phases = {phase for _, phase, _ in members}
+            # Gradients are summed together with the loss.
+            phase = "backward" if "backward" in phases else _same(phases)
+            return scopes, phase, _same(primitive for *_, primitive in members)
         names, wrappers = _unwrapped(part) if part.count("(") == part.count(")") else ([], tuple(_OPENED.findall(part)))
         if "transpose" in wrappers:
             phase = phase if phase == "recomputed" else "backward"
