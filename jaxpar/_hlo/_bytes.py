@@ -81,6 +81,8 @@ def _read_of(program: Program, inner: Computation, index: int, made: Op) -> floa
             total += sum(shape.bytes for shape in user.shapes)
         elif user.opcode == "dynamic-update-slice" and at == 0:
             continue  # in place
+        elif user.opcode == "tuple" or _is_collective(user):
+            continue  # handed on, or sent: links are another account
         else:
             return whole
     return min(total, whole)
@@ -102,9 +104,13 @@ def _written(program: Program, inner: Computation, op: Op) -> float:
         if made is not None and made.opcode == "dynamic-update-slice" and len(made.operands) > 1:
             update = inner.ops.get(made.operands[1])
             total += sum(part.bytes for part in update.shapes) if update is not None and _main(shape) else 0
-        elif made is None or made.opcode != "parameter" or index not in aliased:
+        elif made is None or not (_is_collective(made) or (made.opcode == "parameter" and index in aliased)):
             total += _main(shape)
     return total
+
+
+def _is_collective(op: Op) -> bool:
+    return op.opcode.startswith(("all-", "reduce-scatter", "collective-"))
 
 
 _ALIASED = re.compile(r"\{(\d*)\}:\s*\(")

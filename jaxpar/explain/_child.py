@@ -39,8 +39,14 @@ MOST = 2 * 2**30
 _FLAGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "JAX_ENABLE_X64")
 """Variables that change what the compiler makes."""
 
-_ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
-"""For the child: no accelerator is looked for or taken, no cloud is asked, and several may compile at once."""
+_ENVIRONMENT = {
+    "JAX_PLATFORMS": "cpu",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TPU_STDERR_LOG_LEVEL": "1",
+}
+"""For the child: no accelerator is looked for or taken, no cloud is asked, several may compile at once, and libtpu's
+warnings come to us rather than to its own file."""
 
 _logger = logging.getLogger("jaxpar")
 

@@ -112,10 +112,9 @@ def predict(module: Module, compiled: Compiled) -> Timeline | None:
     middle = _Run(schedule, coefficients(), record=True)
     middle.all()
     faster, slower = 0.0, 0.0
-    for low, high in bounds():
-        ends = [_Run(schedule, each, record=False).all() for each in (low, high)]
-        faster += min(0.0, ends[0] - middle.now) ** 2
-        slower += max(0.0, ends[1] - middle.now) ** 2
+    for fast, slow in bounds():
+        faster += min(0.0, _Run(schedule, fast, record=False).all() - middle.now) ** 2
+        slower += max(0.0, _Run(schedule, slow, record=False).all() - middle.now) ** 2
     return Timeline(
         step_seconds=middle.now,
         compute_seconds=middle.computing,
@@ -173,6 +172,7 @@ class _Schedule:
         self.paths = Paths(each.path for each in compiled.arguments if each.kind in ("parameter", "frozen"))
         self.notes: list[str] = []
         self.costs: dict[_Place, Cost | None] = {}
+        self.named: dict[_Place, str] = {}
         self.timed: dict[str, list[Op]] = {}
         self.counted: dict[_Place, int | None] = {}
         self.loads: dict[_Place, _Load] = {}
@@ -194,6 +194,13 @@ class _Schedule:
             ops = [] if found is None else found.ops.values()
             self.timed[computation] = [op for op in ops if not _hlo.is_free(op)]
         return self.timed[computation]
+
+    def path(self, op: Op) -> str:
+        """Where in the model `op` was made."""
+        place = (op.computation, op.name)
+        if place not in self.named:
+            self.named[place] = self.paths.of(self.module.origin(op)[0]).path
+        return self.named[place]
 
     def trips(self, loop: Op) -> int | None:
         """How often a loop runs its body."""
@@ -446,14 +453,15 @@ class _Run:
     # Transfers.
 
     def _copy(self, op: Op) -> _Load:
-        host = any(shape.space == _HOST for shape in op.shapes) or any(
-            shape.space == _HOST for made in self._operands(op) for shape in made.shapes
-        )
-        arrays = [shape.bytes for shape in op.shapes if shape.dims]
-        moved = min(arrays[:2]) if arrays else 0
-        return _Load(
-            place=(op.computation, op.name), kind="copy", bytes=float(moved), lane="host" if host else "memory"
-        )
+        made = [shape for each in self._operands(op) for shape in each.shapes if shape.dims]
+        arrays = [shape for shape in op.shapes if shape.dims]
+        lane = "memory"
+        if made and made[0].space == _HOST:
+            lane = "to host" if op.opcode.startswith("dynamic-update") else "from host"
+        elif any(shape.space == _HOST for shape in arrays):
+            lane = "to host"
+        moved = min((shape.bytes for shape in (*made, *arrays)), default=0)  # of a slice or an update, the part
+        return _Load(place=(op.computation, op.name), kind="copy", bytes=float(moved), lane=lane)
 
     def _operands(self, op: Op) -> list[Op]:
         ops = self.program.computations[op.computation].ops
@@ -463,7 +471,8 @@ class _Run:
         """Put a transfer on its links as soon as they are free; when it ends."""
         if load.kind == "copy":
             chip = self.schedule.hardware
-            rate = chip.chip.pcie * self.known.host if load.lane == "host" else chip.hbm_bandwidth * self.known.memory
+            inside = load.lane == "memory"
+            rate = chip.hbm_bandwidth * self.known.memory if inside else chip.chip.pcie * self.known.host
             took, lanes = (load.bytes / rate if rate else 0.0), [load.lane]
         else:
             transfer = self.transfers.get(load.place)
@@ -522,7 +531,7 @@ class _Run:
         self.now = max(self.now, end)
 
     def _event(self, lane: str, start: float, took: float, name: str, op: Op | None) -> None:
-        path = "" if op is None else self.schedule.paths.of(self.schedule.module.origin(op)[0]).path
+        path = "" if op is None else self.schedule.path(op)
         self.events.append(Event(lane=lane, start=start, seconds=took, count=1, name=name, path=path, depth=self.depth))
 
 
