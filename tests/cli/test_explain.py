@@ -157,7 +157,7 @@ def test_the_axes_of_a_text_may_be_named(capsys):
 
 @pytest.mark.libtpu
 def test_export_here_and_explain_there(capsys, here):
-    """The file says as much as the recipe: but for the plan's expectations, the two reports are one."""
+    """The file says as much as the recipe."""
     words = ["--mesh", "v5e:2x2:fsdp=4", "--options", "no-windowed-einsum"]
     assert main(["export", "mine:recipe", *words, "-o", "a.step"]) == 0
     assert "jaxpar explain a.step" in capsys.readouterr().out
