@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from .. import _hardware, _hlo, _mesh
 from .._errors import StepError
 from .._hlo import MeshAxes
+from .._plan import Plan
 from .._types import AnyMesh
 from . import _export, _target
 from ._axes import mesh_axes
@@ -130,7 +131,8 @@ def explain_file(path: str | os.PathLike[str], cache: str | os.PathLike[str] | N
     notes = exported.notes
     if exported.version != jax.__version__:
         notes = (f"Exported by jax {exported.version}, compiled by jax {jax.__version__}.", *notes)
-    return assemble(compiled, flops=flops, strategies=exported.strategies, notes=notes)
+    plan = Plan.from_json(exported.plan) if exported.plan else None
+    return assemble(compiled, flops=flops, plan=plan, notes=notes)
 
 
 def explain_text(text: str, mesh: AnyMesh | str, *, name: str = "") -> Report:
@@ -169,7 +171,6 @@ def assemble(
     plan: Any = None,
     step: Any = None,
     program: Any = None,
-    strategies: tuple[str, ...] = (),
     notes: tuple[str, ...] = (),
     unread: tuple[str, ...] = (),
 ) -> Report:
@@ -181,7 +182,6 @@ def assemble(
         plan: That of the step.
         step: What `plan.jit` made of it.
         program: The program that it is the step of: of one that does not fit, it gives the account.
-        strategies: Of the plan, as text.
         notes: What a reader should know.
         unread: What could not be made before.
     """
@@ -223,7 +223,7 @@ def assemble(
         compiler=compiled.compiler,
         options=compiled.options,
         origin="refused" if compiled.refusal else "compiled",
-        strategies=strategies,
+        strategies=() if plan is None else plan.strategies,
         num_tokens=compiled.num_tokens,
         peak_flops=_peak_flops(compiled, flops),
         memory=held,
@@ -290,7 +290,6 @@ def _assembled(compiled: Compiled, made: Subject, flops: Flops | None, faults: t
         plan=made.plan,
         step=made.step,
         program=made.program,
-        strategies=() if made.plan is None else made.plan.strategies,
         notes=made.notes,
         unread=faults,
     )

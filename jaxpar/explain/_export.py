@@ -51,7 +51,7 @@ class Exported:
         arguments: What each input is.
         num_tokens: Of the global batch.
         options: XLA options.
-        strategies: Of the plan, as text.
+        plan: As JSON; empty without one.
         flops: As counted in the step's jaxpr; empty if they were not.
         notes: What a reader of the report should know.
         version: Of the JAX that exported it.
@@ -68,7 +68,7 @@ class Exported:
     arguments: tuple[Argument, ...]
     num_tokens: int = 0
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
-    strategies: tuple[str, ...] = ()
+    plan: str = ""
     flops: dict[str, Any] = dataclasses.field(default_factory=dict)
     notes: tuple[str, ...] = ()
     version: str = jax.__version__
@@ -141,7 +141,7 @@ def export(subject: Subject) -> Exported:
         arguments=tuple(subject.arguments[at] for at in kept),
         num_tokens=subject.num_tokens,
         options={name: _plain(value) for name, value in subject.options.items()},
-        strategies=() if plan is None else plan.strategies,
+        plan="" if plan is None else plan.to_json(),
         notes=subject.notes,
     )
 
@@ -174,7 +174,7 @@ def read(path: str | os.PathLike[str]) -> Exported:
     hardware = fields.pop("hardware")
     chip = Chip(**hardware.pop("chip"))
     topology = tuple(hardware.pop("topology"))
-    tuples = ("inputs", "outputs", "donated", "strategies", "notes")
+    tuples = ("inputs", "outputs", "donated", "notes")
     fields |= {name: tuple(fields[name]) for name in tuples}
     return Exported(**fields, module=module, hardware=Hardware(**hardware, chip=chip, topology=topology))
 
