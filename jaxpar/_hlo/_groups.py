@@ -106,9 +106,7 @@ def axes_written(attributes: str, flat: MeshAxes) -> MeshAxes | None:
         kept.insert(0, ("slice", num_slices))
     elif total != flat.size:
         return None
-    return MeshAxes(
-        names=tuple(name for name, _ in kept), sizes=tuple(size for _, size in kept), slices=flat.slices
-    )
+    return MeshAxes(names=tuple(name for name, _ in kept), sizes=tuple(size for _, size in kept), slices=flat.slices)
 
 
 def axes_behind(groups: Sequence[np.ndarray], flat: MeshAxes) -> MeshAxes:

@@ -130,8 +130,8 @@ def explain_text(text: str, mesh: AnyMesh | str, *, name: str = "") -> Report:
 
     Args:
         text: The text. What cannot be read of it is listed in the report.
-        mesh: The mesh it was compiled for; or the name of the hardware alone (`"v5e:16x16"`): then all of its devices
-            are one axis, `devices`.
+        mesh: The mesh it was compiled for; or the name of the hardware alone (`"v5e:16x16"`): then its axes are those
+            that the text names, or that its collectives run over (`slice`, `x`, `y`, ...).
         name: What to call it; by default what the text calls it.
 
     Raises:
@@ -146,7 +146,7 @@ def explain_text(text: str, mesh: AnyMesh | str, *, name: str = "") -> Report:
         hardware = _hardware.parse(mesh)
         each = hardware.num_devices // hardware.num_slices
         slices = tuple(index // each for index in range(hardware.num_devices)) if hardware.num_slices > 1 else ()
-        axes = MeshAxes(names=("devices",), sizes=(hardware.num_devices,), slices=slices)
+        axes = MeshAxes(names=(_timeline.UNNAMED,), sizes=(hardware.num_devices,), slices=slices)
     else:
         hardware, axes = _mesh.hardware_of(mesh), mesh_axes(mesh)
     said = text.partition("HloModule ")[2][:200].partition(",")[0].split()
@@ -187,6 +187,7 @@ def assemble(
     faults.extend(() if read is None else read.unread)
     if not module.program.computations and not compiled.refusal:
         faults.append("the text holds no computation that can be read: is it optimised HLO, whole?")
+    compiled = dataclasses.replace(compiled, axes=_timeline.mesh_of(module, compiled))
     if flops is None:
         flops = part("FLOPs", lambda: _flops.from_hlo(module, compiled))
     timeline = part("timeline", lambda: _timeline.predict(module, compiled))

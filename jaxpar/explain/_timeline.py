@@ -11,6 +11,8 @@ import dataclasses
 import math
 import re
 
+import numpy as np
+
 from .. import _hlo
 from .._hlo import Collective, MeshAxes, Module, Op
 from ._coefficients import Coefficients, bounds, coefficients
@@ -149,15 +151,15 @@ UNNAMED = "devices"
 _Place = tuple[str, str]
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class _Load:
-    """A transfer that an operation starts: a collective, or a copy between memories."""
+    """A transfer that an operation starts: a collective among `groups`, or a copy between memories, without any."""
 
     place: _Place
     kind: str
     bytes: float
     lane: str
-    groups: object = None
+    groups: np.ndarray | None = None
 
 
 class _Schedule:
@@ -469,7 +471,7 @@ class _Run:
 
     def _start(self, load: _Load) -> float:
         """Put a transfer on its links as soon as they are free; when it ends."""
-        if load.kind == "copy":
+        if load.groups is None:
             chip = self.schedule.hardware
             inside = load.lane == "memory"
             rate = chip.hbm_bandwidth * self.known.memory if inside else chip.chip.pcie * self.known.host

@@ -18,7 +18,9 @@ GATHER = 2**24 * 255 / 256 / (4 * 50e9 * KNOWN.link) + 16 * KNOWN.hop
 
 def module(*lines, others=""):
     body = "\n".join(f"  {line}" for line in lines)
-    return _hlo.read(f"HloModule m, is_scheduled=true, num_partitions=256\n\n{others}\nENTRY %main () -> f32[] {{\n{body}\n}}\n")
+    return _hlo.read(
+        f"HloModule m, is_scheduled=true, num_partitions=256\n\n{others}\nENTRY %main () -> f32[] {{\n{body}\n}}\n"
+    )
 
 
 def compiled(target="v5e:16x16", **axes):
@@ -139,7 +141,7 @@ def loop(trips):
     return (
         INNER
         + "%body (c: (s32[], f32[])) -> (s32[], f32[]) {\n  %c = (s32[], f32[]) parameter(0)\n"
-        + "  %w = bf16[128,256]{1,0} custom-call(), custom_call_target=\"AllocateBuffer\"\n"
+        + '  %w = bf16[128,256]{1,0} custom-call(), custom_call_target="AllocateBuffer"\n'
         + f"  %g = {GATHERED} all-gather(%w), {GROUPS}\n"
         + f"  {compute('a', 300_000, '%c')}\n  ROOT %t = (s32[], f32[]) tuple(%a, %a)\n}}\n"
         + "%condition (d: (s32[], f32[])) -> pred[] {\n  %d = (s32[], f32[]) parameter(0)\n  ROOT %k = pred[] constant(true)\n}\n",
@@ -227,7 +229,9 @@ def test_copies_to_the_host_are_communication():
 
 
 def test_a_part_brought_back_from_the_host_costs_that_part():
-    started = "%s = ((bf16[64,4096,256]{2,1,0:S(5)}, s32[]), bf16[1,4096,256]{2,1,0}, u32[]) dynamic-slice-start(%x, %i)"
+    started = (
+        "%s = ((bf16[64,4096,256]{2,1,0:S(5)}, s32[]), bf16[1,4096,256]{2,1,0}, u32[]) dynamic-slice-start(%x, %i)"
+    )
     lines = ("%x = bf16[64,4096,256]{2,1,0:S(5)} parameter(1)", "%i = s32[] parameter(2)", started)
     chip = _hardware.parse("v5e:16x16").chip
     got = timeline(*lines, "%d = bf16[1,4096,256]{2,1,0} dynamic-slice-done(%s)")
