@@ -52,19 +52,26 @@ class Row:
 def rows(module: Module, compiled: Compiled, timeline: Timeline | None, plan: Plan | None = None) -> tuple[Row, ...]:
     """The collectives of `compiled`, read as `module`, in the order of the program.
 
-    With its `plan` each says whether the plan expects it. Without a timeline there are no seconds, and what each device sends is not known: both are 0.
+    With its `plan` each says whether the plan expects it. Without a timeline there are no seconds, and what each device
+    sends is not known: both are 0.
     """
     found: dict[tuple[str, str], list[Collective]] = {}
     collectives = module.collectives(mesh_of(module, compiled))
-    words = {} if plan is None else expected(collectives, plan, num_tokens=compiled.num_tokens)
+    words = None if plan is None else expected(collectives, plan, num_tokens=compiled.num_tokens)
     for collective in collectives:
         found.setdefault((collective.computation, collective.name), []).append(collective)
     known = [each.path for each in compiled.arguments if each.kind in ("parameter", "frozen")]
     paths = Paths(known)
-    return tuple(_row(place, tensors, timeline, paths, None if plan is None else words) for place, tensors in found.items())
+    return tuple(_row(place, tensors, timeline, paths, words) for place, tensors in found.items())
 
 
-def _row(place: tuple[str, str], tensors: list[Collective], timeline: Timeline | None, paths: Paths, words: dict[str, str] | None) -> Row:
+def _row(
+    place: tuple[str, str],
+    tensors: list[Collective],
+    timeline: Timeline | None,
+    paths: Paths,
+    words: dict[str, str] | None,
+) -> Row:
     leading = max(tensors, key=lambda each: each.bytes)
     seconds, wire_bytes, algorithm = (0.0, 0, "") if timeline is None else timeline.transfers.get(place, (0.0, 0, ""))
     return Row(

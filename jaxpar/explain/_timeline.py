@@ -234,6 +234,28 @@ class _Schedule:
         self.loads[place] = found
         return found
 
+    def copy(self, op: Op) -> _Load:
+        """The copy between memories that `op` starts."""
+        place = (op.computation, op.name)
+        if place not in self.loads:
+            self.loads[place] = self._copy(op, place)
+        return self.loads[place]
+
+    def _copy(self, op: Op, place: _Place) -> _Load:
+        made = [shape for each in self._operands(op) for shape in each.shapes if shape.dims]
+        arrays = [shape for shape in op.shapes if shape.dims]
+        lane = "memory"
+        if made and made[0].space == _HOST:
+            lane = "to host" if op.opcode.startswith("dynamic-update") else "from host"
+        elif any(shape.space == _HOST for shape in arrays):
+            lane = "to host"
+        moved = min((shape.bytes for shape in (*made, *arrays)), default=0)  # of a slice or an update, the part
+        return _Load(place=place, kind="copy", bytes=float(moved), lane=lane)
+
+    def _operands(self, op: Op) -> list[Op]:
+        ops = self.program.computations[op.computation].ops
+        return [ops[name] for name in op.operands if name in ops]
+
     def carriers(self, computation: str) -> dict[str, list[tuple[str, _Place]]]:
         """For each operation of a computation that holds collectives inside: `(phase, the collective's place)`.
 
@@ -296,6 +318,7 @@ class _Run:
         self.weight = 1
         self.depth = 0
         self.pending: dict[object, tuple[float, _Load]] = {}
+        self.took: dict[_Place, float] = {}  # by an operation, once reckoned
         self.transfers: dict[_Place, Transfer] = {}
         self.exposed: dict[_Place, float] = {}
         self.ops: dict[_Place, OpTime] = {}
@@ -391,7 +414,7 @@ class _Run:
         elif opcode == "recv":
             return
         elif opcode in ("copy-start", "slice-start", "dynamic-slice-start", "dynamic-update-slice-start"):
-            self._issue(place, self._copy(op))
+            self._issue(place, self.schedule.copy(op))
         elif opcode == "async-start":
             inner = next((each for each in self._inside(op) if self.schedule.load(each)), None)
             load = self.schedule.load(inner) if inner else None
@@ -430,14 +453,15 @@ class _Run:
                 self._expose(load, self._start(load))
 
     def _compute(self, op: Op) -> None:
-        known = self.schedule.cost(op)
-        if known is None:
-            return
-        took = seconds(known, self.schedule.hardware, self.known)
+        place = (op.computation, op.name)
+        took = self.took.get(place)
+        if took is None:
+            known = self.schedule.cost(op)
+            took = 0.0 if known is None else seconds(known, self.schedule.hardware, self.known)
+            self.took[place] = took
         if took <= 0:
             return
-        if self.record:
-            place = (op.computation, op.name)
+        if self.record and (known := self.schedule.cost(op)) is not None:
             earlier = self.ops.get(place)
             self.ops[place] = OpTime(
                 computation=op.computation,
@@ -453,21 +477,6 @@ class _Run:
         self.computing += took * self.weight
 
     # Transfers.
-
-    def _copy(self, op: Op) -> _Load:
-        made = [shape for each in self._operands(op) for shape in each.shapes if shape.dims]
-        arrays = [shape for shape in op.shapes if shape.dims]
-        lane = "memory"
-        if made and made[0].space == _HOST:
-            lane = "to host" if op.opcode.startswith("dynamic-update") else "from host"
-        elif any(shape.space == _HOST for shape in arrays):
-            lane = "to host"
-        moved = min((shape.bytes for shape in (*made, *arrays)), default=0)  # of a slice or an update, the part
-        return _Load(place=(op.computation, op.name), kind="copy", bytes=float(moved), lane=lane)
-
-    def _operands(self, op: Op) -> list[Op]:
-        ops = self.program.computations[op.computation].ops
-        return [ops[name] for name in op.operands if name in ops]
 
     def _start(self, load: _Load) -> float:
         """Put a transfer on its links as soon as they are free; when it ends."""

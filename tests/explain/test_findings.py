@@ -571,7 +571,7 @@ def timeline_of(program, seconds, *, exposed=0.0, step=1.0):
     return Timeline(
         step_seconds=step, compute_seconds=step, communication_seconds=0.0, exposed_communication_seconds=exposed,
         bubble_seconds=0.0, low=step, high=step, events=(),
-        transfers={place: (seconds, 0, "ring") for place in places},
+        transfers=dict.fromkeys(places, (seconds, 0, "ring")),
         exposed={place: exposed / len(places) for place in places},
     )  # fmt: skip
 
