@@ -52,7 +52,7 @@ def traffic(program: Program, op: Op) -> float:
         made = computation.ops.get(name)
         if made is not None:
             read += _read_of(program, inner, index, made)
-    return read + _written(program, inner, op)
+    return read + _written(inner, op)
 
 
 def _plain_traffic(computation: Computation, op: Op) -> float:
@@ -88,7 +88,7 @@ def _read_of(program: Program, inner: Computation, index: int, made: Op) -> floa
     return min(total, whole)
 
 
-def _written(program: Program, inner: Computation, op: Op) -> float:
+def _written(inner: Computation, op: Op) -> float:
     """Bytes that a fusion writes: of an update in place only the part."""
     aliased = {int(index or 0) for index in _ALIASED.findall(_alias_text(op))}
     root = inner.ops.get(inner.root)

@@ -52,7 +52,8 @@ class Row:
 def rows(module: Module, compiled: Compiled, timeline: Timeline | None, plan: Plan | None = None) -> tuple[Row, ...]:
     """The collectives of `compiled`, read as `module`, in the order of the program.
 
-    Without a timeline there are no seconds, and what each device sends is not known: both are 0.
+    With its `plan` each says whether the plan expects it. Without a timeline there are no seconds, and what each device
+    sends is not known: both are 0.
     """
     found: dict[tuple[str, str], list[Collective]] = {}
     collectives = module.collectives(mesh_of(module, compiled))
