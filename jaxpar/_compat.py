@@ -5,7 +5,7 @@ from typing import Any
 
 
 def scan_counts(params: Mapping[str, Any]) -> tuple[int, int]:
-    """How many operands of a `scan` of these parameters are constants of its body, and how many are carried; the rest is scanned.
+    """How many operands of a `scan` are constants of its body, and how many are carried; what is left is scanned.
 
     JAX 0.12 has trees in place of the two numbers. With 0.12 the oldest, the first case goes.
     """

@@ -10,6 +10,7 @@ A *split* is, for each dim, the axes that cut it.
 import math
 from collections.abc import Callable, Mapping, Sequence
 
+from .._compat import scan_counts
 from ._trace import Block, Op, Value
 
 Split = tuple[tuple[str, ...], ...]
