@@ -89,9 +89,9 @@ def axes_of(groups: np.ndarray, mesh: MeshAxes) -> tuple[str, ...]:
 
 
 def axes_written(attributes: str, flat: MeshAxes) -> MeshAxes | None:
-    """The mesh that replica groups spell with names that people gave, `mesh['fsdp'=16,'tensor'=16]`, axes of 1 left out.
+    """The mesh that replica groups spell with names that people gave, `mesh['fsdp'=16,'tensor'=16]`.
 
-    Of a program for one slice of several the slices are a first axis, `slice`.
+    Axes of 1 are left out. Of a program for one slice of several the slices are a first axis, `slice`.
     """
     start = attributes.find("mesh[")
     if start < 0:
@@ -106,9 +106,7 @@ def axes_written(attributes: str, flat: MeshAxes) -> MeshAxes | None:
         kept.insert(0, ("slice", num_slices))
     elif total != flat.size:
         return None
-    return MeshAxes(
-        names=tuple(name for name, _ in kept), sizes=tuple(size for _, size in kept), slices=flat.slices
-    )
+    return MeshAxes(names=tuple(name for name, _ in kept), sizes=tuple(size for _, size in kept), slices=flat.slices)
 
 
 def axes_behind(groups: Sequence[np.ndarray], flat: MeshAxes) -> MeshAxes:

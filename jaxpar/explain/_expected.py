@@ -42,13 +42,8 @@ class Match:
     paths: tuple[str, ...] = ()
 
 
-def expected(collectives: Iterable[Collective], plan: Plan, *, num_tokens: int = 0) -> dict[str, str]:
-    """The words of `match` for each instruction."""
-    return {name: found.words for name, found in match(collectives, plan, num_tokens=num_tokens).items()}
-
-
-def match(collectives: Iterable[Collective], plan: Plan, *, num_tokens: int = 0) -> dict[str, Match]:
-    """What `plan` says of each instruction among `collectives`, by its name.
+def expected(collectives: Iterable[Collective], plan: Plan, *, num_tokens: int = 0) -> dict[tuple[str, str], Match]:
+    """What `plan` says of each instruction among `collectives`, by `(computation, instruction)`.
 
     Args:
         collectives: Of the whole program, in its order.
@@ -57,10 +52,10 @@ def match(collectives: Iterable[Collective], plan: Plan, *, num_tokens: int = 0)
             activation is one of any number of tokens.
     """
     pool = _Pool(plan, num_tokens)
-    found: dict[str, list[tuple[Match, int]]] = {}
+    found: dict[tuple[str, str], list[tuple[Match, int]]] = {}
     for each in collectives:
-        found.setdefault(each.name, []).append((pool.take(each), each.bytes))
-    return {name: _together(tensors) for name, tensors in found.items()}
+        found.setdefault((each.computation, each.name), []).append((pool.take(each), each.bytes))
+    return {place: _together(tensors) for place, tensors in found.items()}
 
 
 @dataclasses.dataclass

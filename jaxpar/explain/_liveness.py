@@ -19,7 +19,7 @@ from .._hlo._module import Module
 from .._hlo._text import Op, Program
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(slots=True)
 class Buffer:
     """One place in memory.
 

@@ -11,6 +11,8 @@ import dataclasses
 import math
 import re
 
+import numpy as np
+
 from .. import _hlo
 from .._hlo import Collective, MeshAxes, Module, Op
 from ._coefficients import Coefficients, bounds, coefficients
@@ -149,15 +151,15 @@ UNNAMED = "devices"
 _Place = tuple[str, str]
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class _Load:
-    """A transfer that an operation starts: a collective, or a copy between memories."""
+    """A transfer that an operation starts: a collective among `groups`, or a copy between memories, without any."""
 
     place: _Place
     kind: str
     bytes: float
     lane: str
-    groups: object = None
+    groups: np.ndarray | None = None
 
 
 class _Schedule:
@@ -232,6 +234,28 @@ class _Schedule:
         self.loads[place] = found
         return found
 
+    def copy(self, op: Op) -> _Load:
+        """The copy between memories that `op` starts."""
+        place = (op.computation, op.name)
+        if place not in self.loads:
+            self.loads[place] = self._copy(op, place)
+        return self.loads[place]
+
+    def _copy(self, op: Op, place: _Place) -> _Load:
+        made = [shape for each in self._operands(op) for shape in each.shapes if shape.dims]
+        arrays = [shape for shape in op.shapes if shape.dims]
+        lane = "memory"
+        if made and made[0].space == _HOST:
+            lane = "to host" if op.opcode.startswith("dynamic-update") else "from host"
+        elif any(shape.space == _HOST for shape in arrays):
+            lane = "to host"
+        moved = min((shape.bytes for shape in (*made, *arrays)), default=0)  # of a slice or an update, the part
+        return _Load(place=place, kind="copy", bytes=float(moved), lane=lane)
+
+    def _operands(self, op: Op) -> list[Op]:
+        ops = self.program.computations[op.computation].ops
+        return [ops[name] for name in op.operands if name in ops]
+
     def carriers(self, computation: str) -> dict[str, list[tuple[str, _Place]]]:
         """For each operation of a computation that holds collectives inside: `(phase, the collective's place)`.
 
@@ -294,6 +318,7 @@ class _Run:
         self.weight = 1
         self.depth = 0
         self.pending: dict[object, tuple[float, _Load]] = {}
+        self.took: dict[_Place, float] = {}  # by an operation, once reckoned
         self.transfers: dict[_Place, Transfer] = {}
         self.exposed: dict[_Place, float] = {}
         self.ops: dict[_Place, OpTime] = {}
@@ -389,7 +414,7 @@ class _Run:
         elif opcode == "recv":
             return
         elif opcode in ("copy-start", "slice-start", "dynamic-slice-start", "dynamic-update-slice-start"):
-            self._issue(place, self._copy(op))
+            self._issue(place, self.schedule.copy(op))
         elif opcode == "async-start":
             inner = next((each for each in self._inside(op) if self.schedule.load(each)), None)
             load = self.schedule.load(inner) if inner else None
@@ -428,14 +453,15 @@ class _Run:
                 self._expose(load, self._start(load))
 
     def _compute(self, op: Op) -> None:
-        known = self.schedule.cost(op)
-        if known is None:
-            return
-        took = seconds(known, self.schedule.hardware, self.known)
+        place = (op.computation, op.name)
+        took = self.took.get(place)
+        if took is None:
+            known = self.schedule.cost(op)
+            took = 0.0 if known is None else seconds(known, self.schedule.hardware, self.known)
+            self.took[place] = took
         if took <= 0:
             return
-        if self.record:
-            place = (op.computation, op.name)
+        if self.record and (known := self.schedule.cost(op)) is not None:
             earlier = self.ops.get(place)
             self.ops[place] = OpTime(
                 computation=op.computation,
@@ -452,24 +478,9 @@ class _Run:
 
     # Transfers.
 
-    def _copy(self, op: Op) -> _Load:
-        made = [shape for each in self._operands(op) for shape in each.shapes if shape.dims]
-        arrays = [shape for shape in op.shapes if shape.dims]
-        lane = "memory"
-        if made and made[0].space == _HOST:
-            lane = "to host" if op.opcode.startswith("dynamic-update") else "from host"
-        elif any(shape.space == _HOST for shape in arrays):
-            lane = "to host"
-        moved = min((shape.bytes for shape in (*made, *arrays)), default=0)  # of a slice or an update, the part
-        return _Load(place=(op.computation, op.name), kind="copy", bytes=float(moved), lane=lane)
-
-    def _operands(self, op: Op) -> list[Op]:
-        ops = self.program.computations[op.computation].ops
-        return [ops[name] for name in op.operands if name in ops]
-
     def _start(self, load: _Load) -> float:
         """Put a transfer on its links as soon as they are free; when it ends."""
-        if load.kind == "copy":
+        if load.groups is None:
             chip = self.schedule.hardware
             inside = load.lane == "memory"
             rate = chip.hbm_bandwidth * self.known.memory if inside else chip.chip.pcie * self.known.host

@@ -144,7 +144,7 @@ def assert_traffic(
             "assert_traffic: a report has a row for each collective, not for each tensor. Compare it with a file, "
             'assert_traffic(report, "traffic.json"), or give the step and its arguments to count tensors.'
         )
-    traffic = program if is_given else collectives(program, *args, mesh=mesh)
+    traffic: Any = program if is_given else collectives(program, *args, mesh=mesh)
     wanted = _wanted(expected, getattr(traffic, "axes", None))
     found: dict[_Key, list[Collective]] = {key: [] for key in wanted}
     for each in traffic:

@@ -7,6 +7,7 @@ import dataclasses
 import functools as ft
 import inspect
 import pathlib
+import random
 
 import flax.linen as nn
 import jax
@@ -592,7 +593,7 @@ def timeline_of(program, seconds, *, exposed=0.0, step=1.0):
     return Timeline(
         step_seconds=step, compute_seconds=step, communication_seconds=0.0, exposed_communication_seconds=exposed,
         bubble_seconds=0.0, low=step, high=step, events=(),
-        transfers={place: (seconds, 0, "ring") for place in places},
+        transfers=dict.fromkeys(places, (seconds, 0, "ring")),
         exposed=dict.fromkeys(places, exposed / len(places)),
     )  # fmt: skip
 
@@ -703,6 +704,31 @@ def test_truncated_text_is_gone_through_as_far_as_it_reads():
     for end in range(0, len(text), 1999):
         program = Compiled(name="step", text=text[:end], hardware=_hardware.parse("v5e:2x4"), axes=axes)
         assert "error" not in {each.severity for each in find(_hlo.read(program.text), program)}
+
+
+def test_damaged_text_is_never_a_traceback():
+    """Lines lost, doubled and swapped, names that call themselves, and the mesh of another program."""
+    texts = [(DATA / f"{name}.txt").read_text() for name in ("tpu_fsdp_scan", "gpu_nested")]
+    lines = "".join(texts).splitlines()
+    draw = random.Random(0)
+    for _ in range(12):
+        text = list(lines)
+        for _ in range(draw.randrange(1, 12)):
+            here, there = draw.randrange(len(text)), draw.randrange(len(text))
+            change = draw.choice(["lose", "double", "swap", "call"])
+            if change == "lose":
+                del text[here : here + draw.randrange(1, 40)]
+            elif change == "double":
+                text.insert(there, text[here])
+            elif change == "swap":
+                text[here], text[there] = text[there], text[here]
+            else:
+                text = [line.replace("calls=%fused_computation.2", "calls=%fused_computation") for line in text]
+        for axes in ({"fsdp": 4, "tensor": 2}, {"data": 5}):
+            mesh = _hlo.MeshAxes(names=tuple(axes), sizes=tuple(axes.values()))
+            program = Compiled(name="step", text="\n".join(text), hardware=_hardware.parse("v5e:2x4"), axes=mesh)
+            module = _hlo.read(program.text)
+            assert isinstance(find(module, program, rows=rows(module, program, None)), tuple)
 
 
 # ---- calls

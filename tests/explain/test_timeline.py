@@ -4,8 +4,8 @@ import pytest
 
 from jaxpar import _hardware, _hlo
 from jaxpar._hlo import MeshAxes
-from jaxpar.explain._collectives import rows
 from jaxpar.explain._coefficients import coefficients
+from jaxpar.explain._collectives import rows
 from jaxpar.explain._compiled import Compiled
 from jaxpar.explain._timeline import predict
 
@@ -18,7 +18,9 @@ GATHER = 2**24 * 255 / 256 / (4 * 50e9 * KNOWN.link) + 16 * KNOWN.hop
 
 def module(*lines, others=""):
     body = "\n".join(f"  {line}" for line in lines)
-    return _hlo.read(f"HloModule m, is_scheduled=true, num_partitions=256\n\n{others}\nENTRY %main () -> f32[] {{\n{body}\n}}\n")
+    return _hlo.read(
+        f"HloModule m, is_scheduled=true, num_partitions=256\n\n{others}\nENTRY %main () -> f32[] {{\n{body}\n}}\n"
+    )
 
 
 def compiled(target="v5e:16x16", **axes):
@@ -39,7 +41,11 @@ def timeline(*lines, others="", **kwargs):
 
 def compute(name, cycles, operands="%p"):
     """An operation of which the compiler expects `cycles`, on scalars: nothing else bounds it."""
-    return f'%{name} = f32[] fusion({operands}), kind=kLoop, calls=%f, backend_config={{"window_config":{{"estimated_cycles":"{cycles}"}}}}'
+    return f"%{name} = f32[] fusion({operands}), kind=kLoop, calls=%f, {estimate(cycles)}"
+
+
+def estimate(cycles):
+    return f'backend_config={{"window_config":{{"estimated_cycles":"{cycles}"}}}}'
 
 
 PARAMETER = "%p = f32[] parameter(0)"
@@ -101,7 +107,8 @@ def test_two_collectives_on_different_sides_do_not():
     shard = "%w = bf16[2048,256]{1,0} parameter(1)"
     sides = ("[16,16]<=[256]", "[16,16]<=[16,16]T(1,0)")
     pair = [
-        f"%s{at} = (bf16[2048,256]{{1,0}}, {GATHERED}) all-gather-start(%w), channel_id={at}, replica_groups={side}, dimensions={{0}}"
+        f"%s{at} = (bf16[2048,256]{{1,0}}, {GATHERED}) all-gather-start(%w), channel_id={at}, "
+        f"replica_groups={side}, dimensions={{0}}"
         for at, side in enumerate(sides)
     ]
     done = [f"%g{at} = {GATHERED} all-gather-done(%s{at})" for at in (0, 1)]
@@ -126,7 +133,7 @@ def test_an_asynchronous_fusion_lasts_from_its_start_to_its_done(share):
     got = timeline(
         SHARD,
         f"%start = {GATHERED} fusion(%w), kind=kCustom, calls=%one",
-        f'%through = {GATHERED} fusion(%w), kind=kOutput, calls=%two, backend_config={{"window_config":{{"estimated_cycles":"{cycles}"}}}}',
+        f"%through = {GATHERED} fusion(%w), kind=kOutput, calls=%two, {estimate(cycles)}",
         f"%done = {GATHERED} fusion(%w), kind=kCustom, calls=%three",
         others=fused("one", -1, -1) + fused("two", 2, 8) + fused("three", 2, 8),
     )
@@ -139,10 +146,11 @@ def loop(trips):
     return (
         INNER
         + "%body (c: (s32[], f32[])) -> (s32[], f32[]) {\n  %c = (s32[], f32[]) parameter(0)\n"
-        + "  %w = bf16[128,256]{1,0} custom-call(), custom_call_target=\"AllocateBuffer\"\n"
+        + '  %w = bf16[128,256]{1,0} custom-call(), custom_call_target="AllocateBuffer"\n'
         + f"  %g = {GATHERED} all-gather(%w), {GROUPS}\n"
         + f"  {compute('a', 300_000, '%c')}\n  ROOT %t = (s32[], f32[]) tuple(%a, %a)\n}}\n"
-        + "%condition (d: (s32[], f32[])) -> pred[] {\n  %d = (s32[], f32[]) parameter(0)\n  ROOT %k = pred[] constant(true)\n}\n",
+        + "%condition (d: (s32[], f32[])) -> pred[] {\n  %d = (s32[], f32[]) parameter(0)\n"
+        + "  ROOT %k = pred[] constant(true)\n}\n",
         "%o = (s32[], f32[]) while(%p), condition=%condition, body=%body"
         + (f', backend_config={{"known_trip_count":{{"n":"{trips}"}}}}' if trips is not None else ""),
     )
@@ -227,7 +235,9 @@ def test_copies_to_the_host_are_communication():
 
 
 def test_a_part_brought_back_from_the_host_costs_that_part():
-    started = "%s = ((bf16[64,4096,256]{2,1,0:S(5)}, s32[]), bf16[1,4096,256]{2,1,0}, u32[]) dynamic-slice-start(%x, %i)"
+    started = (
+        "%s = ((bf16[64,4096,256]{2,1,0:S(5)}, s32[]), bf16[1,4096,256]{2,1,0}, u32[]) dynamic-slice-start(%x, %i)"
+    )
     lines = ("%x = bf16[64,4096,256]{2,1,0:S(5)} parameter(1)", "%i = s32[] parameter(2)", started)
     chip = _hardware.parse("v5e:16x16").chip
     got = timeline(*lines, "%d = bf16[1,4096,256]{2,1,0} dynamic-slice-done(%s)")
@@ -238,12 +248,13 @@ def test_a_part_brought_back_from_the_host_costs_that_part():
 
 def test_slices_are_joined_by_what_send_and_recv_name():
     """Between slices a collective is a `send` to the runtime and a `recv` of the answer."""
-    attributes = '_xla_host_transfer_rendezvous="a_0",_xla_megascale_transfer_type="ALL_REDUCE"'
+    named = '_xla_host_transfer_rendezvous="a_0",_xla_megascale_transfer_type="ALL_REDUCE"'
+    attributes = f"is_host_transfer=true, frontend_attributes={{{named}}}"
     lines = (
         "%x = bf16[1024,1024]{1,0} parameter(1)",
         "%k = token[] after-all()",
-        f"%s = (bf16[1024,1024]{{1,0}}, u32[], token[]) send(%x, %k), channel_id=2, is_host_transfer=true, frontend_attributes={{{attributes}}}",
-        f"%r = (bf16[1024,1024]{{1,0}}, u32[], token[]) recv(%k), channel_id=1, is_host_transfer=true, frontend_attributes={{{attributes}}}",
+        f"%s = (bf16[1024,1024]{{1,0}}, u32[], token[]) send(%x, %k), channel_id=2, {attributes}",
+        f"%r = (bf16[1024,1024]{{1,0}}, u32[], token[]) recv(%k), channel_id=1, {attributes}",
         "%d = (bf16[1024,1024]{1,0}, token[]) recv-done(%r), channel_id=1, is_host_transfer=true",
     )
     axes = MeshAxes(names=("data", "fsdp"), sizes=(2, 256), slices=(0,) * 256 + (1,) * 256)
@@ -259,8 +270,7 @@ def test_slices_are_joined_by_what_send_and_recv_name():
 
 def test_a_product_is_no_faster_than_the_matrix_unit():
     """2^36 FLOPs on v5e at 0.95 of 197 TFLOP/s, though the compiler promises a thousand cycles."""
-    estimate = 'backend_config={"window_config":{"estimated_cycles":"1000"}}'
-    product = f"%d = bf16[2048,4096]{{1,0}} convolution(%x, %y), dim_labels=bf_io->bf, {estimate}"
+    product = f"%d = bf16[2048,4096]{{1,0}} convolution(%x, %y), dim_labels=bf_io->bf, {estimate(1000)}"
     got = timeline("%x = bf16[2048,4096]{1,0} parameter(1)", "%y = bf16[4096,4096]{1,0} parameter(2)", product)
 
     assert got.step_seconds == pytest.approx(2**36 / (197e12 * KNOWN.mxu))
@@ -280,15 +290,18 @@ def test_no_speed_is_claimed_for_a_cpu():
     assert predict(module(PARAMETER, compute("a", 5), others=INNER), compiled("cpu:8", fsdp=8)) is None
 
 
+MAIN = "HloModule m\n\nENTRY %main () -> f32[] {\n"
+
+
 @pytest.mark.parametrize(
     "text",
     [
         "",
         "garbage\n{ } = )(",
-        "HloModule m\n\nENTRY %main () -> f32[] {\n  %p = f32[] parameter(0)\n  %g = bf16[8] all-gath",
-        "HloModule m\n\nENTRY %main () -> f32[] {\n  %g = bf16[8] all-gather(%nothing), replica_groups=?, dimensions={0}\n}\n",
-        "HloModule m\n\nENTRY %main () -> f32[] {\n  %w = f32[] while(%x), body=%none, condition=%none\n  %d = f32[] warp-drive(%w)\n}\n",
-        "HloModule m\n\nENTRY %main () -> f32[] {\n  %d = f32[] all-gather-done(%s)\n  %c = f32[] copy-done(%q)\n}\n",
+        MAIN + "  %p = f32[] parameter(0)\n  %g = bf16[8] all-gath",
+        MAIN + "  %g = bf16[8] all-gather(%nothing), replica_groups=?, dimensions={0}\n}\n",
+        MAIN + "  %w = f32[] while(%x), body=%none, condition=%none\n  %d = f32[] warp-drive(%w)\n}\n",
+        MAIN + "  %d = f32[] all-gather-done(%s)\n  %c = f32[] copy-done(%q)\n}\n",
     ],
 )
 def test_broken_text_is_no_exception(text):
