@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     )
     from ._grad import value_and_grad as value_and_grad
     from ._mesh import mesh as mesh, simulate as simulate
+    from ._options import compiler_options as compiler_options
     from ._plan import Move as Move, Plan as Plan, Record as Record
     from ._planned import gather as gather
     from ._precision import Precision as Precision
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     from ._stack import Stack as Stack, remat as remat
     from ._verify import verify as verify
     from ._vocab import cross_entropy as cross_entropy, embed as embed
+    from .compare import compare as compare
+    from .explain import explain as explain
     from .parallel import DP as DP, FSDP as FSDP, TP as TP, ZeRO as ZeRO
     from .run import Run as Run, fit as fit
 
@@ -41,6 +44,7 @@ _HOME = {
     "_errors": ("CheckpointError", "DataError", "MeshError", "ShardingError", "StepError"),
     "_grad": ("value_and_grad",),
     "_mesh": ("mesh", "simulate"),
+    "_options": ("compiler_options",),
     "_plan": ("Move", "Plan", "Record"),
     "_planned": ("gather",),
     "_precision": ("Precision",),
@@ -51,7 +55,7 @@ _HOME = {
     "parallel": ("DP", "FSDP", "TP", "ZeRO"),
     "run": ("Run", "fit"),
 }
-_MODULES = ("checkpoint", "data", "testing")
+_MODULES = ("checkpoint", "compare", "data", "explain", "testing")  # `compare` and `explain` can be called
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 
 __all__ = [*sorted(_MODULE_OF), *_MODULES]  # noqa: PLE0604  # pyright: ignore[reportUnsupportedDunderAll]

@@ -1,6 +1,7 @@
 """`jp.plan`: from a factory, a mesh and strategies to a plan that makes the model and compiles its steps."""
 
 import dataclasses
+import functools as ft
 import logging
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
@@ -92,12 +93,21 @@ def plan(
         shards=_in_mesh_order(sizes, draft.shards),
         strategies=tuple(sorted(map(_describe, strategies))),
         inactive=tuple(sorted(draft.inactive)),
-        notes=tuple(draft.notes),
+        notes=(*draft.notes, *_stacked_note(records, birth)),
         hardware=_mesh.describe(mesh),
         mesh=mesh,
         birth=birth,
         values=strategies,
         precision=precision,
+        again=ft.partial(
+            plan,
+            factory,
+            strategies=strategies,
+            optimizer=optimizer,
+            trainable=trainable,
+            dims=dims,
+            precision=precision,
+        ),
     )
     slots = None if optimizer is None else bound.records_of(optimizer)
     notes = (*bound.notes, *unmatched_note(slots or {}))
@@ -113,12 +123,14 @@ class BoundPlan(Plan):
         birth: The model before it exists.
         values: The strategies.
         precision: The mixed-precision policy.
+        again: Plans the same for another mesh.
     """
 
     mesh: Any
     birth: Birth
     values: tuple[Strategy, ...]
     precision: Precision
+    again: Callable[..., "BoundPlan"]
     matcher: Matcher = dataclasses.field(init=False)
     reads: set[str] = dataclasses.field(init=False, default_factory=set)
     read_values: dict[Any, Any] = dataclasses.field(init=False, default_factory=dict)
@@ -137,6 +149,10 @@ class BoundPlan(Plan):
         if spec not in self._shardings:
             self._shardings[spec] = NamedSharding(self.mesh, spec)
         return self._shardings[spec]
+
+    def on(self, mesh: AnyMesh) -> "BoundPlan":
+        """The same model and strategies, planned for another mesh."""
+        return self.again(mesh=mesh)
 
     @property
     def batch_sharding(self) -> NamedSharding:
@@ -335,10 +351,12 @@ class BoundPlan(Plan):
         return {path: slot_record(path, shape, self.matcher) for path, shape in shapes.items()}
 
     def trained(self, params: PyTree, *, prefix: str = "") -> PyTree:
-        """The trained parameters of a plain pytree: itself if all are, else a dict by path."""
-        flat = _tree.flatten(params)
-        kept = {path: leaf for path, leaf in flat.leaves.items() if self.records[prefix + path].slot == "parameter"}
-        return params if len(kept) == len(flat.leaves) else kept
+        """The trained parameters of a plain pytree, which keeps its structure: all else in it is `None`, as for Optax.
+
+        What is not trained are frozen parameters, and what is no parameter: functions and integers, as in Equinox.
+        """
+        trained = {path for path, record in self.records.items() if record.slot == "parameter"}
+        return _tree.only(params, {path for path in _tree.leaves(params) if prefix + path in trained})
 
     def draw(self, path: str | None = None) -> Any:
         """A picture of which device holds which tile: of one leaf, or of the largest ones."""
@@ -448,6 +466,20 @@ def _record(path: str, birth: Birth, draft: _rules.Draft, precision: Precision) 
         remat=path in birth.remat,
         reasons=tuple(leaf.reasons),
     )
+
+
+def _stacked_note(records: dict[str, Record], birth: Birth) -> list[str]:
+    """A note of leaves of a plain pytree that stack layers: when they are gathered is for the loss to say."""
+    if _tree.is_graph(birth.build(birth.shapes)):
+        return []
+    stacked = [record for record in records.values() if record.layers and record.compute != record.storage]
+    names = ", ".join(record.path for record in stacked[:3]) + (", ..." if len(stacked) > 3 else "")
+    note = (
+        f"stacked layers: {names} {'is' if len(stacked) == 1 else 'are'} gathered one layer at a time where the loss "
+        "calls jp.gather(layer) in its scan over them (and once more where that is rematerialised), all at once where "
+        "it does not."
+    )
+    return [note] if stacked else []
 
 
 def _describe(strategy: Strategy) -> str:

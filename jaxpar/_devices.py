@@ -4,10 +4,11 @@ JAX decides what devices there are when it is first asked for one, and keeps to 
 planning for hardware that is elsewhere leaves JAX unstarted, and `cpu:8` can still be simulated afterwards.
 """
 
+import contextlib
 import logging
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import jax
 
@@ -63,6 +64,29 @@ def simulate(num_devices: int) -> list[Device]:
     return jax.devices()
 
 
+@contextlib.contextmanager
+def unstarted() -> Iterator[None]:
+    """What is done within leaves JAX unstarted, if it was: for lowering, which asks for a device and needs none.
+
+    JAX then starts on this host's CPU alone, looks for no accelerator, and forgets that it did.
+    """
+    config = jax.config
+    before = config.jax_platforms  # pyright: ignore[reportAttributeAccessIssue]
+    try:
+        config.update("jax_num_cpu_devices", config.jax_num_cpu_devices)  # pyright: ignore[reportAttributeAccessIssue]
+    except RuntimeError:  # it refuses this option once it has started
+        yield
+        return
+    from jax.extend import backend
+
+    config.update("jax_platforms", "cpu")
+    try:
+        yield
+    finally:
+        backend.clear_backends()
+        config.update("jax_platforms", before)
+
+
 def attached(hardware: Hardware | None, *, allow_unused: bool) -> list[Device] | None:
     """The attached devices, if they are `hardware`; every one for `None`. `None` if the hardware is not here.
 
@@ -100,8 +124,8 @@ def check_cluster() -> None:
     if (found := cluster()) and not jax.distributed.is_initialized():
         raise MeshError(
             f"This process is one of several ({found}), and would see only its own devices. Call "
-            "jax.distributed.initialize() before jp.mesh. A process that is meant to work alone says so: "
-            "jp.mesh(devices=jax.local_devices(), ...)."
+            "jax.distributed.initialize() before anything touches a device. A process that is meant to work alone says "
+            "so: jp.mesh(devices=jax.local_devices(), ...)."
         )
 
 

@@ -11,6 +11,7 @@ one device from form to form. A picture is text, SVG and HTML by itself, and PNG
 """
 
 import dataclasses
+import html
 import importlib.util
 import itertools
 import math
@@ -44,10 +45,12 @@ class Drawing:
     Attributes:
         text: The picture in characters.
         scene: The picture in shapes.
+        title: Of a page of its own.
     """
 
     text: str
     scene: Scene
+    title: str = "A plan"
 
     def __str__(self) -> str:
         return self.text
@@ -75,7 +78,7 @@ class Drawing:
         elif path.suffix == ".svg":
             path.write_text(scenes.svg(self.scene, alone=True), encoding="utf-8")
         elif path.suffix == ".html":
-            path.write_text(_page(self.scene), encoding="utf-8")
+            path.write_text(_page(self.scene, self.title), encoding="utf-8")
         else:
             raise ShardingError(
                 f"{path}: a picture is written as .png, .svg or .html, not {path.suffix or 'without'!r}."
@@ -119,9 +122,9 @@ def draw(plan: Plan, path: str | None = None) -> Drawing:
           all-reduce gradient over data 4.0 KiB, after the backward pass
     """
     leaves = [_Leaf(path, plan.find(path), 1)] if path is not None else _largest(plan)
-    mesh = _mesh_grid(plan)
     hardware = plan.hardware.partition(",")[0] or f"{plan.num_devices} devices"
-    lines, pictures = [f"mesh  {hardware}", *_indented([_sides_text(mesh), *grids.as_text(mesh)])], []
+    mesh = draw_mesh(plan)
+    lines, pictures = [f"mesh  {hardware}", *_indented(mesh.text.splitlines())], []
     for leaf in leaves:
         lines += ["", *_leaf_text(plan, leaf)]
         pictures.append(_leaf_scene(plan, leaf, with_moves=path is not None))
@@ -129,11 +132,17 @@ def draw(plan: Plan, path: str | None = None) -> Drawing:
     if rest:
         lines += ["", rest]
         pictures.append(words(rest, size=SMALL, opacity=0.75))
-    hues = _palette.hues(plan.axes)
     title = [words("mesh", size=12, bold=True), words(hardware, size=SMALL, opacity=0.75)]
-    overview = scenes.above([scenes.above(title, 1), sheet(mesh, hues), _legend(plan, hues)], 8)
+    overview = scenes.above([scenes.above([scenes.above(title, 1), mesh.scene], 8), _held(plan)], 2)
     scene = beside([overview, scenes.above(pictures, 22)], 44)
     return Drawing("\n".join(lines), scenes.framed(scene, 14))
+
+
+def draw_mesh(plan: Plan) -> Drawing:
+    """The devices of a plan's mesh as a matrix, and which colour is which axis."""
+    mesh, hues = _mesh_grid(plan), _palette.hues(plan.axes)
+    lines = [_sides_text(mesh), *grids.as_text(mesh)]
+    return Drawing("\n".join(lines), scenes.above([sheet(mesh, hues), _legend(plan, hues)], 8))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -409,19 +418,24 @@ def _swatches(axes: Sequence[str], hues: dict[str, str]) -> Scene:
 
 
 def _legend(plan: Plan, hues: dict[str, str]) -> Scene:
-    """Which colour is which axis, and what is filled."""
+    """Which colour is which axis."""
     lines = [
         beside([_swatches([axis], hues), words(f"{axis} {size}", size=SMALL)], 6)
         for axis, size in plan.axes.items()
         if size > 1
     ]
+    return scenes.above(lines, 2)
+
+
+def _held(plan: Plan) -> Scene:
+    """What is filled."""
     filled = Scene(10, 14, (box(0, 2, 10, 10, fill=INK, opacity=0.3),))
     first = int(np.ravel(_ids(plan))[0])
-    return scenes.above([*lines, beside([filled, words(f"held by device {first}", size=SMALL)], 6)], 2)
+    return beside([filled, words(f"held by device {first}", size=SMALL)], 6)
 
 
-def _page(scene: Scene) -> str:
+def _page(scene: Scene, title: str) -> str:
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="color-scheme" content="light dark">'
-        f"<title>A plan</title></head>\n<body>{scenes.svg(scene, alone=False)}</body></html>\n"
+        f"<title>{html.escape(title)}</title></head>\n<body>{scenes.svg(scene, alone=False)}</body></html>\n"
     )

@@ -27,7 +27,7 @@ from . import _context, _traits, _tree
 from ._calls import bare_variables
 from ._context import Region, as_spec, axes_at, drop_axes
 from ._errors import StepError
-from ._planned import Traced, gather, plan_read, unplan
+from ._planned import Traced, gather_others, gathered_by, plan_read, unplan
 from ._reduce import reduce_once
 from ._types import Axes, PyTree
 from .parallel import DP
@@ -116,7 +116,13 @@ def differentiate(
 ) -> Differentiated:
     """`value_and_grad` with the total weight of the batch; state that the loss changes is put back into `model`."""
     batch = jax.tree.map(lambda leaf: jnp.asarray(leaf) if isinstance(leaf, np.ndarray) else leaf, batch)
-    subject = _subject(model)
+    _check_rows(batch, accumulate)
+    if _tree.is_graph(model):
+        subject = _graph_subject(model)
+    else:
+        subject = _pytree_subject(
+            model, gathered_by(lambda params, batch: loss(params, batch, *rest), model, _microbatch(batch, accumulate))
+        )
     job = _Job(loss, subject, accumulate, has_aux, weight, rest)
     value, total_weight, aux, gradients, state = _differentiate(job, batch, separable)
     subject.update(state)
@@ -132,10 +138,6 @@ class _Subject:
     build: Callable[[dict[str, jax.Array], list[Any]], tuple[PyTree, Callable[[], list[Any]]]]
     update: Callable[[list[Any]], None]
     as_gradients: Callable[[dict[str, jax.Array]], PyTree]
-
-
-def _subject(model: PyTree) -> _Subject:
-    return _graph_subject(model) if _tree.is_graph(model) else _pytree_subject(model)
 
 
 def _graph_subject(model: PyTree) -> _Subject:
@@ -198,7 +200,8 @@ def _trained(region: Region) -> Callable[..., bool]:
     return trained
 
 
-def _pytree_subject(params: PyTree) -> _Subject:
+def _pytree_subject(params: PyTree, gathered: frozenset[str]) -> _Subject:
+    """Of a plain pytree, whose leaves at the paths in `gathered` the loss gathers itself."""
     region = _context.current()
     flat = _tree.flatten(params)
 
@@ -212,7 +215,7 @@ def _pytree_subject(params: PyTree) -> _Subject:
     everything = len(trained) == len(flat.leaves)
 
     def build(values: dict[str, jax.Array], _: list[Any]) -> tuple[PyTree, Callable[[], list[Any]]]:
-        return gather(flat.build({**flat.leaves, **values})), list
+        return gather_others(flat.build({**flat.leaves, **values}), gathered), list
 
     def as_gradients(gradients: dict[str, jax.Array]) -> PyTree:
         frozen = (
@@ -311,7 +314,6 @@ class _Form:
 
 def _differentiate(job: _Job, batch: PyTree, separable: bool) -> tuple[Any, Any, Any, dict[str, jax.Array], list[Any]]:
     region = _context.current()
-    _check_rows(batch, job.accumulate)
     form = _form(job, batch, region, separable)
     if isinstance(region, Traced) and form.name != "direct":
         region.notes.append(f"accumulation over {job.accumulate} microbatches: {form.name}, {form.why}")
@@ -384,19 +386,29 @@ def _refuse_hook(hook: bool, job: _Job, why: str) -> _Form:
 
 def _traits_of(job: _Job, batch: PyTree) -> _traits.Traits:
     params, state = job.subject.params, job.subject.state
-    leaves, treedef = jax.tree.flatten(batch)
-    rows = _rows(batch)
-    micro = [
-        jax.ShapeDtypeStruct((rows // job.accumulate, *jnp.shape(leaf)[1:]) if jnp.ndim(leaf) else (), leaf.dtype)
-        for leaf in leaves
-    ]
+    micro, treedef = jax.tree.flatten(_microbatch(batch, job.accumulate))
 
     def flat(params: Any, leaves: list[Any], state: list[Any]) -> Any:
         total, weight, aux, after = job.run(params, state, jax.tree.unflatten(treedef, leaves))
         return (total, weight, aux), after
 
     closed = jax.make_jaxpr(flat)(_shapes(params), micro, _shapes(state))
-    return _traits.traits_of(closed, len(params), len(leaves), len(state), len(params) + len(leaves))
+    return _traits.traits_of(closed, len(params), len(micro), len(state), len(params) + len(micro))
+
+
+def _microbatch(batch: PyTree, accumulate: int) -> PyTree:
+    """The shapes of one microbatch."""
+    rows = _rows(batch)
+
+    def one(leaf: Any) -> Any:
+        if not _tree.is_array(leaf):
+            return leaf
+        kind = jax.typeof(leaf)
+        return jax.ShapeDtypeStruct(
+            (rows // accumulate, *kind.shape[1:]) if kind.shape else (), kind.dtype, weak_type=kind.weak_type
+        )
+
+    return jax.tree.map(one, batch)
 
 
 def _shapes(tree: PyTree) -> PyTree:
@@ -629,10 +641,12 @@ def _check_rows(batch: PyTree, accumulate: int) -> None:
     wrong = {path: number for path, number in rows.items() if number % accumulate}
     if wrong:
         path, number = next(iter(wrong.items()))
-        below = number // accumulate * accumulate
+        region = _context.current()
+        unit = accumulate * (1 if region is None else region.plan.num_batch_shards)
+        below = number // unit * unit
         raise StepError(
             f"{path or 'batch'}: {number} rows do not divide into accumulate={accumulate} microbatches. Use a batch of "
-            f"{f'{below} or ' if below else ''}{below + accumulate}, or another accumulate."
+            f"{f'{below} or ' if below else ''}{below + unit}, or another accumulate."
         )
 
 

@@ -55,6 +55,8 @@ class Chip:
         links: Links to neighbours in the slice.
         link: Bytes/s of one link in one direction.
         dcn: Bytes/s of the chip's share of the network between slices, in one direction.
+        pcie: Bytes/s between the chip and its host, in one direction.
+        clock: Cycles/s of a TensorCore, as XLA:TPU counts them.
     """
 
     name: str
@@ -72,6 +74,8 @@ class Chip:
     links: int = 0
     link: float = 0.0
     dcn: float = 0.0
+    pcie: float = 0.0
+    clock: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -274,6 +278,24 @@ def slice_of(device: Any) -> int:
     return 0 if device.platform == "cpu" else getattr(device, "slice_index", None) or 0
 
 
+def chip_name(name: str) -> str:
+    """The one name of the chip that `name` names, alone or as part of hardware.
+
+    Raises:
+        MeshError: It names neither.
+
+    Example:
+        >>> chip_name("tpu7x"), chip_name("v5p-128")
+        ('7x', 'v5p')
+    """
+    return _names().get(name.strip().lower()) or parse(name).chip.name
+
+
+def compiler_facts(chip: str) -> dict[str, Any]:
+    """What XLA's description of a GPU needs beside the figures of `Chip`; empty where it is not known."""
+    return _data().get(chip, {}).get("xla", {})
+
+
 def counted(number: int, noun: str) -> str:
     """`"1 host"`, `"2 hosts"`."""
     return f"{number} {noun}" + ("" if number == 1 else "s")
@@ -309,6 +331,8 @@ def _chip(name: str) -> Chip:
         links=facts.get("links", 0),
         link=facts.get("link_gb_s", 0) * 1e9,
         dcn=facts.get("dcn_gb_s", 0) * 1e9,
+        pcie=facts.get("pcie_gb_s", 0) * 1e9,
+        clock=facts.get("clock_ghz", 0) * 1e9,
         **{dtype: tflops * 1e12 for dtype, tflops in facts.get("tflops", {}).items()},
     )
 

@@ -127,7 +127,7 @@ def mesh(
     if devices is None:
         device = TargetDevice(here.chip.device_kind, here.chip.cores, here.kind, here, tuple(factors.items()))
         return AbstractMesh(tuple(sizes.values()), tuple(sizes), auto, abstract_device=device)
-    return Mesh(_ordered(devices, sizes, factors), tuple(sizes), auto)
+    return Mesh(ordered(devices, sizes, factors), tuple(sizes), auto)
 
 
 def hardware_of(mesh: AnyMesh) -> Hardware:
@@ -272,16 +272,16 @@ def _nearest_shape(sizes: Mapping[str, int], num_devices: int) -> dict[str, int]
         changes = [0.0 if old == -1 else round(abs(math.log(new / old)), 6) for new, old in pairs]
         return sum(change > 0 for change in changes), round(sum(changes), 6), changes[::-1]
 
-    return dict(zip(sizes, min(_factorisations(num_devices, len(sizes)), key=cost), strict=True))
+    return dict(zip(sizes, min(factorisations(num_devices, len(sizes)), key=cost), strict=True))
 
 
-def _factorisations(number: int, length: int) -> Iterator[tuple[int, ...]]:
+def factorisations(number: int, length: int) -> Iterator[tuple[int, ...]]:
     """Every tuple of `length` whole numbers with the product `number`."""
     if length == 1:
         yield (number,)
         return
     for first in (divisor for divisor in range(1, number + 1) if number % divisor == 0):
-        for rest in _factorisations(number // first, length - 1):
+        for rest in factorisations(number // first, length - 1):
             yield (first, *rest)
 
 
@@ -329,7 +329,7 @@ def _dcn_factors(
     return {axis: factor for axis, factor in asked.items() if factor > 1}
 
 
-def _ordered(devices: Sequence[Any], sizes: Mapping[str, int], dcn: Mapping[str, int]) -> np.ndarray:
+def ordered(devices: Sequence[Any], sizes: Mapping[str, int], dcn: Mapping[str, int]) -> np.ndarray:
     """`devices` in the shape of the mesh, so that inner axes lie on the nearest neighbours."""
     shape = tuple(sizes.values())
     devices = sorted(devices, key=_hardware.slice_of)[: math.prod(shape)]

@@ -6,24 +6,28 @@ remat. For nnx modules that is a subclass of each `Variable`'s type, taken on on
 pytrees it is the argument of the loss (`jp.value_and_grad`). The user's own objects never change.
 
 Reading is a cast to the compute dtype on the shard, then the move to the compute spec: a bfloat16 gather costs half of
-a float32 one. Its gradient is cut as the update wants it, which is what lets the compiler reduce-scatter. Reading can be
-differentiated any number of times, forward and backward: see `_Move.tangent`.
+a float32 one. Its gradient is cut as the update wants it, which is what lets the compiler reduce-scatter. Reading can
+be differentiated any number of times, forward and backward: see `_Move.tangent`.
 """
 
 import contextlib
 import dataclasses
 import functools as ft
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.extend import core as jax_core
 from jax.sharding import NamedSharding, PartitionSpec
 
-from . import _context, _tree
+from . import _context, _traits, _tree
 from ._context import Region
+from ._errors import ShardingError, listed
 from ._plan import TABLE, Record, gradient_route
+from ._rules import fold_layers
+from ._slots import Part
 from ._types import PyTree
 
 
@@ -61,6 +65,7 @@ class _Move:
     compute: NamedSharding
     route: tuple[NamedSharding, ...]
     dtype: Any
+    path: str
 
     def forward(self, value: jax.Array) -> jax.Array:
         if self.dtype != value.dtype:
@@ -97,39 +102,130 @@ def read(value: jax.Array, record: Record, region: Region, *, layers: int = 0) -
 
     if not jnp.issubdtype(value.dtype, jnp.floating):
         return jax.lax.with_sharding_constraint(value, here(record.compute))
-    return _read(value, _Move(here(record.storage), here(record.compute), tuple(map(here, route)), record.compute_dtype))
+    move = _Move(here(record.storage), here(record.compute), tuple(map(here, route)), record.compute_dtype, record.path)
+    return _read(value, move)
 
 
-def gather(params: PyTree) -> PyTree:
+GATHERED = "jaxpar.gather"
+LAYER_GATHERED = "jaxpar.gather of a layer"
+"""The names that parameters of plain pytrees, and layers of them, have in a jaxpr once they are read."""
+
+
+def gather(params: PyTree, path: str | None = None) -> PyTree:
     """Parameters of a plain pytree as a model computes with them: cast, and gathered where the plan says so.
 
-    For a step that does not differentiate, such as evaluation; `jp.value_and_grad` does it for its loss. nnx modules
-    need neither: their variables gather themselves where they are read. Identity outside of `plan.jit`.
+    A step that differentiates needs it for one thing only: in the body of its own `jax.lax.scan` over stacked layers,
+    `jp.gather(layer)` holds one layer whole at a time, where otherwise all are. For the rest, `jp.value_and_grad`
+    gathers at the start of its loss what the loss does not gather itself. A step that does not differentiate, such as
+    evaluation, gathers all that it uses. nnx modules need none of this: their variables gather themselves where they
+    are read. Identity outside of `plan.jit`.
 
-    Moves one all-gather of every parameter that FSDP shards; all of them are whole until their last use.
+    Moves one all-gather of every parameter, or layer, that FSDP shards, and in the backward pass one reduce-scatter of
+    its gradient, there. What is gathered is whole until its last use, and the backward pass is one: rematerialise the
+    body of a scan, `jax.lax.scan(jp.remat(body, "full"), ...)`, or the backward pass keeps every layer whole. The
+    step's `notes` say which layers are gathered where.
+
+    Args:
+        params: Parameters, some of them, or one layer of stacked ones (`dims=[("blocks.*", ("layers", ...))]`).
+        path: Where they live in the model, where their own names do not tell: `jp.gather(layer, "blocks")`.
 
     Raises:
-        ShardingError: A leaf belongs to two parameters that lie differently.
+        ShardingError: The plan has none of them; or a leaf may be one of two parameters that lie differently.
 
     Example:
-        >>> params = {"w": jnp.ones((64, 64))}
-        >>> plan = jp.plan(lambda: params, jp.mesh(fsdp=-1), [jp.FSDP()])
+        >>> plan = jp.plan(lambda: {"w": jnp.ones((64, 64))}, jp.mesh(fsdp=-1), [jp.FSDP()])
         >>> predict = plan.jit(lambda params, x: x @ jp.gather(params)["w"])
         >>> predict(plan.init(), plan.batch(jnp.ones((8, 64)))).shape
         (8, 64)
+
+        Four layers, one of them whole at a time:
+
+        >>> plan = jp.plan(
+        ...     lambda: {"blocks": {"w": jnp.ones((4, 64, 64))}},
+        ...     jp.mesh(fsdp=-1),
+        ...     [jp.FSDP()],
+        ...     dims=[("blocks.*", ("layers", ...))],
+        ... )
+        >>> def loss(params, x):
+        ...     def block(x, layer):
+        ...         return jnp.tanh(x @ jp.gather(layer, "blocks")["w"]), None
+        ...
+        ...     return jnp.mean(jax.lax.scan(jp.remat(block, "full"), x, params["blocks"])[0] ** 2)
+        >>> step = plan.jit(jp.value_and_grad(loss))
+        >>> value, gradients = step(plan.init(), plan.batch(jnp.ones((8, 64))))
+        >>> gradients["blocks"]["w"].sharding.spec
+        P(None, 'fsdp')
     """
     region = _context.current()
     if region is None:
         return params
     flat = _tree.flatten(params)
-    return flat.build({path: _read_leaf(path, leaf, region) for path, leaf in flat.leaves.items()})
+    matcher = region.plan.matcher
+    found = {at: matcher.part(at, leaf.shape, within=path) for at, leaf in flat.leaves.items()}
+    if flat.leaves and not any(found.values()):
+        shown = listed([f"{at or 'the array'} {leaf.shape}" for at, leaf in flat.leaves.items()])
+        inside = "" if path is None else f" in {path!r}"
+        raise ShardingError(
+            f"jp.gather: the plan has no parameter{inside}, nor a layer of one, such as\n{shown}\nSay where it lives "
+            f'in the model, jp.gather(layer, "blocks"); parameters here are {", ".join(_some(region.plan))}.'
+        )
+    read = {at: leaf if found[at] is None else _read_part(leaf, found[at], region) for at, leaf in flat.leaves.items()}
+    return flat.build(read)
 
 
-def _read_leaf(path: str, leaf: jax.Array, region: Region) -> jax.Array:
-    match = region.plan.matcher.match(path, leaf.shape)
-    if match is None or match.record.slot not in ("parameter", "frozen"):
-        return leaf
-    return read(leaf, match.record, region)
+def _some(plan: Any) -> list[str]:
+    paths = list(dict.fromkeys(fold_layers(record.path for record in plan.parameters)))
+    return [*paths[:4], *(["..."] if len(paths) > 4 else [])]
+
+
+def gathered_by(function: Callable[..., Any], params: PyTree, *args: Any) -> frozenset[str]:
+    """Paths of the leaves of `params` that `function(params, *args)` gathers itself, whole or by layers.
+
+    Traces `function` once more, if the plan in force moves any parameter.
+
+    Args:
+        function: A loss.
+        params: A plain pytree.
+        args: Pytrees of arrays or of their shapes.
+    """
+    region = _context.current()
+    if region is None or all(record.compute == record.storage for record in region.plan.parameters):
+        return frozenset()
+    apart = dataclasses.replace(region, dims=set(), notes=[], values={}) if isinstance(region, Traced) else region
+    flat, rest = _tree.flatten(params), _tree.flatten(args)
+
+    def call(*leaves: jax.Array) -> list[jax.Array]:
+        own = dict(zip(flat.leaves, leaves, strict=False))
+        theirs = dict(zip(rest.leaves, leaves[len(own) :], strict=True))
+        with _context.entered(apart):
+            out = function(flat.build(own), *rest.build(theirs))
+        return list(filter(_tree.is_array, jax.tree.leaves(out)))
+
+    jaxpr = jax.make_jaxpr(call)(*flat.leaves.values(), *rest.leaves.values()).jaxpr
+    found = _traits.tags_met(jaxpr, (GATHERED, LAYER_GATHERED))
+    return frozenset(path for index, path in enumerate(flat.leaves) if index in found)
+
+
+def gather_others(params: PyTree, gathered: frozenset[str]) -> PyTree:
+    """`params`, a plain pytree, with all parameters read but those at the paths in `gathered`, and what is none."""
+    region = _context.current()
+    if region is None:
+        return params
+    flat = _tree.flatten(params)
+
+    def one(path: str, leaf: jax.Array) -> jax.Array:
+        match = None if path in gathered else region.plan.matcher.match(path, leaf.shape)
+        if match is None or match.record.shape != leaf.shape:
+            return leaf
+        return _read_part(leaf, Part(match.record, 0), region)
+
+    return flat.build({path: one(path, leaf) for path, leaf in flat.leaves.items()})
+
+
+def _read_part(leaf: jax.Array, part: Part, region: Region) -> jax.Array:
+    return checkpoint_name(
+        read(leaf, part.record, region, layers=part.layers), LAYER_GATHERED if part.layers else GATHERED
+    )
 
 
 @contextlib.contextmanager
@@ -202,11 +298,17 @@ def _read_variable(variable: Any, value: Any) -> Any:
 
 @ft.partial(jax.custom_jvp, nondiff_argnums=(1,))
 def _read(value: jax.Array, move: _Move) -> jax.Array:
-    return move.forward(value)
+    with jax.named_scope(scope_of(move.path)):
+        return move.forward(value)
 
 
 @_read.defjvp
-def _read_jvp(
-    move: _Move, values: tuple[jax.Array], tangents: tuple[jax.Array]
-) -> tuple[jax.Array, jax.Array]:
-    return _read(values[0], move), move.tangent(tangents[0])
+def _read_jvp(move: _Move, values: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[jax.Array, jax.Array]:
+    value = _read(values[0], move)
+    with jax.named_scope(scope_of(move.path)):
+        return value, move.tangent(tangents[0])
+
+
+def scope_of(path: str) -> str:
+    """The scope that names operations by the whole plan path of what they work on, whatever else is open."""
+    return f"@{path}"

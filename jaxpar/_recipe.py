@@ -15,11 +15,13 @@ from . import _bound, _mesh, _tree
 from ._bound import BoundPlan
 from ._errors import StepError
 from ._grad import differentiate
-from ._planned import gather
+from ._planned import gather_others, gathered_by
 from ._precision import Precision, cast
+from ._reduced import FewerLayers, fewer_rows
 from ._step import StepFunction
 from ._strategy import Strategy
 from ._types import AnyMesh, Factory, PyTree
+from .parallel import FSDP
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -72,7 +74,7 @@ class Recipe:
     weight: Callable[[Any], Any] | None = None
     separable: bool = True
     trainable: Any = None
-    dims: Sequence[tuple[str, Sequence[str | None]]] = ()
+    dims: Sequence[tuple[str, Sequence[Any]]] = ()
     precision: Precision | Literal["auto"] = "auto"
     compiler_options: dict[str, Any] | None = None
 
@@ -118,6 +120,49 @@ class Recipe:
         )
         self._check_batch(plan)
         return Program(recipe=self, plan=plan)
+
+    def reduced(self, *, layers: int | None = None, batch_size: int | None = None) -> "Recipe":
+        """This recipe with fewer layers, a smaller batch, or both: to verify what does not fit one device.
+
+        All that strategies split keeps its size, so that each of them does on the same mesh what it does here. The
+        layers that are left out are never made.
+
+        Args:
+            layers: The most that any stack of equal blocks keeps: a `jp.Stack` of the model, or a list that
+                `FSDP(blocks=...)` names. A model that has neither is made smaller by hand, with `dataclasses.replace`.
+            batch_size: Rows of the global batch, the first ones of arrays.
+
+        Raises:
+            StepError: `batch_size` is not smaller, or `accumulate` does not divide it; nothing is asked for. From `on`,
+                if `layers` changes nothing.
+
+        Example:
+            >>> recipe = jp.Recipe(
+            ...     model=lambda: jp.Stack(lambda rngs: nnx.Linear(8, 8, rngs=rngs), 48, rngs=nnx.Rngs(0)),
+            ...     loss=lambda model, x: jnp.mean(model(x) ** 2),
+            ...     optimizer=optax.adam(1e-3),
+            ...     strategies=[jp.DP()],
+            ...     batch=jax.ShapeDtypeStruct((4096, 8), jnp.float32),
+            ... )
+            >>> program = recipe.reduced(layers=2, batch_size=16).on(jp.mesh(data=-1))
+            >>> program.plan.records["each.kernel"].shape, program.recipe.batch_size
+            ((2, 8, 8), 16)
+        """
+        if layers is None and batch_size is None:
+            raise StepError("recipe.reduced: say what to reduce, layers= or batch_size=.")
+        if layers is not None and layers < 1:
+            raise StepError(f"recipe.reduced: layers is {layers}. Keep at least one.")
+        if batch_size is not None and not 0 < batch_size < self.batch_size:
+            raise StepError(
+                f"recipe.reduced: batch_size is {batch_size}, and the recipe's batch has {self.batch_size} rows. Give "
+                "fewer than that, and at least one, or leave it out."
+            )
+        blocks = tuple(each.blocks for each in self.strategies if isinstance(each, FSDP) and each.blocks is not None)
+        return dataclasses.replace(
+            self,
+            model=self.model if layers is None else FewerLayers(self.model, layers, blocks),
+            batch=self.batch if batch_size is None else fewer_rows(self.batch, batch_size),
+        )
 
     def transform(self) -> Any:
         """The optimiser, behind the clipping."""
@@ -188,6 +233,25 @@ class Program:
 
         return {"model": model, "optimizer": self.plan.make(make, model)}
 
+    def abstract(self) -> tuple[PyTree, Any, PyTree]:
+        """What `train_step` takes, model, optimiser and batch, as shapes with shardings; allocates nothing."""
+        plan, transform = self.plan, self.recipe.transform()
+        model = plan.abstract()
+        if _tree.is_graph(model):
+            from flax import nnx
+
+            optimizer = nnx.eval_shape(lambda model: nnx.Optimizer(model, transform, wrt=plan.trainable), model)
+        else:
+            optimizer = jax.eval_shape(transform.init, plan.trained(model))
+        whole = plan.sharding(jax.sharding.PartitionSpec())
+        batch = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(
+                np.shape(leaf), leaf.dtype, sharding=plan.batch_sharding if np.ndim(leaf) else whole
+            ),
+            self.recipe.batch,
+        )
+        return model, optimizer, batch
+
     def step(self, state: dict[str, Any], batch: PyTree) -> tuple[dict[str, Any], dict[str, jax.Array]]:
         """One optimiser step: `(state, metrics)`, metrics being `loss`, `weight`, `grad_norm` and what the loss says.
 
@@ -254,14 +318,13 @@ def _pytree_steps(recipe: Recipe, plan: BoundPlan) -> tuple[Callable[..., Any], 
         gradients, trained = plan.trained(found.gradients), plan.trained(params)
         norm = optax.tree.norm(gradients)
         updates, optimizer = transform.update(gradients, optimizer, trained)
-        new: Any = optax.apply_updates(trained, updates)
-        if trained is not params:
-            flat = _tree.flatten(params)
-            new = flat.build({**flat.leaves, **_tree.leaves(new)})
+        flat = _tree.flatten(params)
+        new = flat.build({**flat.leaves, **_tree.leaves(optax.apply_updates(trained, updates))})
         return new, optimizer, _metrics(found, norm, recipe, plan)
 
     def eval_step(params: PyTree, batch: PyTree) -> Any:
-        return _evaluate(recipe, plan, gather(params), batch)
+        gathered = gathered_by(recipe.eval_loss or recipe.loss, params, batch)
+        return _evaluate(recipe, plan, gather_others(params, gathered), batch)
 
     return train_step, eval_step
 

@@ -57,12 +57,31 @@ def reduce_once(
         return done, jax.tree.map(lambda total: jax.lax.psum(jnp.sum(total, axis=0), replicas), totals)
 
     leading = {path: as_spec([replicas, *map(axes_at, spec)]) for path, spec in inner.items()}
-    return jax.shard_map(
+    reached = {path: _reached(spec, replicas) for path, spec in targets.items()}
+    reduced, sums = jax.shard_map(
         body,
         mesh=plan.mesh,
         in_specs=(leading, jax.tree.map(lambda _: PartitionSpec(replicas), totals)),
-        out_specs=(targets, jax.tree.map(lambda _: PartitionSpec(), totals)),
+        out_specs=(reached, jax.tree.map(lambda _: PartitionSpec(), totals)),
     )(gradients, totals)
+    for path, spec in targets.items():
+        if spec != reached[path]:
+            reduced[path] = jax.lax.with_sharding_constraint(reduced[path], plan.sharding(spec))
+    return reduced, sums
+
+
+def _reached(spec: PartitionSpec, replicas: Axes) -> PartitionSpec:
+    """Where a sum lies once it is scattered: a piece is cut within what a device has, so that replica axes come last.
+
+    A dim of 8 rows, split over fsdp 2 (a replica axis) and then data 2 (not one), is to lie
+
+        fsdp 0 data 0: 0 1    fsdp 0 data 1: 2 3    fsdp 1 data 0: 4 5    fsdp 1 data 1: 6 7
+
+    but data 0 has summed rows 0 to 3 and data 1 rows 4 to 7, so that fsdp 0 data 1 is given 4 5, and fsdp 1 data 0 is
+    given 2 3: these two exchange theirs.
+    """
+    entries = map(axes_at, spec)
+    return as_spec([tuple(sorted(axes, key=lambda axis: axis in replicas)) for axes in entries])
 
 
 def _scattered(spec: PartitionSpec, replicas: Axes) -> list[tuple[int, str]]:

@@ -29,6 +29,26 @@ class Match:
     why: str
 
 
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """What a model reads: a parameter, or one layer of one that stacks layers.
+
+    Attributes:
+        record: Of the parameter.
+        layers: Leading dims of the record that the part lacks: 1 if it is a layer.
+    """
+
+    record: Record
+    layers: int
+
+    @property
+    def read(self) -> tuple[object, ...]:
+        """All that reading it depends on."""
+        specs = (self.record.storage, self.record.compute, self.record.gradient)
+        here = [as_spec([axes_at(entry) for entry in tuple(spec)[self.layers :]]) for spec in specs]
+        return (*here, self.record.compute_dtype)
+
+
 class Matcher:
     """Looks up leaves of any state in the records of a plan."""
 
@@ -67,6 +87,31 @@ class Matcher:
                 return None  # it is this parameter's, and has a shape of its own: not that of a namesake elsewhere
         return None
 
+    def part(self, path: str, shape: tuple[int, ...], *, within: str | None) -> Part | None:
+        """The parameter that a leaf is, or of which it is one layer; `None` if it is neither.
+
+        Args:
+            path: Where the leaf is in what was given.
+            shape: Its shape.
+            within: Where that lives in the model, if its owner says so: then nothing elsewhere is meant.
+
+        Raises:
+            ShardingError: It may be a part of several parameters, which are read otherwise.
+        """
+        full = ".".join(filter(None, (within, path)))
+        tokens = tuple(full.split("."))
+        for start in range(len(tokens) if within is None else 1):
+            parts = [
+                Part(record, layers)
+                for record in self._by_suffix.get(tokens[start:], [])
+                for layers in range(record.layers + 1)
+                if record.shape[layers:] == shape
+            ]
+            meant = [part for part in parts if within is not None and part.record.path == full] or parts
+            if meant:
+                return _alike(path, meant)
+        return None
+
     def _only(self, path: str, candidates: list[Record], *, whole_path: bool) -> Match:
         first = candidates[0]
         for other in candidates[1:]:
@@ -101,6 +146,19 @@ def unmatched_note(records: Mapping[str, Record]) -> list[str]:
     total = sum(record.num_bytes for record in whole)
     shown = ", ".join(paths[:3]) + (", ..." if len(paths) > 3 else "")
     return [f"optimiser state that belongs to no parameter is whole: {total:,} bytes ({shown})"] if whole else []
+
+
+def _alike(path: str, parts: list[Part]) -> Part:
+    """The first of `parts`, if all of them are read alike."""
+    first = parts[0]
+    for other in parts[1:]:
+        if other.read != first.read:
+            one, two = (f"{'one layer of ' * part.layers}{part.record.path}" for part in (first, other))
+            raise ShardingError(
+                f"jp.gather: {path or 'the array'} may be {one} or {two}, which lie differently. Say where it lives in "
+                f'the model: jp.gather(params, "{first.record.path.removesuffix(path).rstrip(".")}"), or another path.'
+            )
+    return first
 
 
 def _without(spec: PartitionSpec, dim: int, ndim: int) -> PartitionSpec:

@@ -11,12 +11,13 @@ import numpy as np
 from jax.extend import core as jax_core
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from . import _calls, _context, _planned, _traits
+from . import _calls, _context, _planned, _scopes, _traits
 from ._birth import no_eager_sharding
 from ._calls import Call, Place, Result
 from ._errors import ShardingError, StepError, listed
 from ._plan import TABLE, Record, gradient_route
-from ._planned import Traced
+from ._plan_text import bytes_text
+from ._planned import GATHERED, LAYER_GATHERED, Traced
 from ._slots import Match
 from .parallel import TP
 
@@ -63,6 +64,31 @@ class _Compiled:
         return dict(zip(self.changed, values[:num], strict=True)), self.result.assemble(values[num:], nodes)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Flat:
+    """A step over arrays alone, for one set of arguments: what is compiled, and what each array is.
+
+    Attributes:
+        function: Jitted; its arguments are `shapes`.
+        shapes: Of every array that goes in.
+        places: Where in the arguments each is.
+        records: What the plan says of each; `None` where nothing.
+        shardings: Where each lies.
+        donated: Which are given away.
+        options: XLA options of the step.
+        notes: What the plan did.
+    """
+
+    function: Any
+    shapes: list[jax.ShapeDtypeStruct]
+    places: list[Place]
+    records: list[Any]
+    shardings: list[Any]
+    donated: tuple[int, ...]
+    options: dict[str, Any]
+    notes: tuple[str, ...]
+
+
 class StepFunction:
     """What `plan.jit` returns: call it as the step it was made from.
 
@@ -70,6 +96,7 @@ class StepFunction:
         plan: The plan it keeps to.
         function: What it was made from.
         num_compilations: How often it was compiled; 1 after the first call, if nothing changes.
+        recompilations: For each compilation after the first, what had changed since the call before, a line each.
         notes: What the plan did in the step compiled last that a reader should know, such as the form of accumulation.
     """
 
@@ -97,6 +124,7 @@ class StepFunction:
         self._matches: dict[tuple[Place, tuple[int, ...]], Match | None] = {}
         self._compiled: dict[Any, _Compiled] = {}
         self._last: tuple[Any, list[Place]] | None = None
+        self.recompilations: list[list[str]] = []
         self._glance: tuple[_calls.Glance, _Compiled] | None = None
         self.__name__ = getattr(function, "__name__", "step")
         self.__doc__ = function.__doc__
@@ -134,11 +162,41 @@ class StepFunction:
 
     def lower(self, *args: Any, **kwargs: Any) -> jax.stages.Lowered:
         """Lower the step for these arguments, arrays or `jax.ShapeDtypeStruct`s, without running it."""
+        flat = self.flat(*args, **kwargs)
+        return flat.function.lower(*flat.shapes)
+
+    def flat(self, *args: Any, **kwargs: Any) -> Flat:
+        """The step for these arguments as a function of arrays alone, and what is known of each array."""
         call = _calls.take_apart(self._names, args, kwargs)
         compiled = self._get(call)
         types = map(_calls.type_of, call.arrays)
-        shapes = [jax.ShapeDtypeStruct(shape, dtype, weak_type=weak) for shape, dtype, weak in types]
-        return compiled.function.lower(*shapes)
+        return Flat(
+            function=compiled.function,
+            shapes=[jax.ShapeDtypeStruct(shape, dtype, weak_type=weak) for shape, dtype, weak in types],
+            places=call.places,
+            records=[
+                match and match.record
+                for match in (
+                    self._match(place, np.shape(array)) for place, array in zip(call.places, call.arrays, strict=True)
+                )
+            ],
+            shardings=compiled.shardings,
+            donated=compiled.donated,
+            options=self._options or {},
+            notes=compiled.notes,
+        )
+
+    def on(self, plan: Any) -> "StepFunction":
+        """The same step under another plan of the same model; nothing of it is compiled yet."""
+        return StepFunction(
+            plan,
+            self.function,
+            donate=self._donate,
+            donate_argnums=self._donate_argnums,
+            on_recompile="allow",
+            compiler_options=self._options,
+            reads=self._must_read,
+        )
 
     def _get(self, call: Call) -> _Compiled:
         shardings = [self._input_sharding(array, place) for array, place in zip(call.arrays, call.places, strict=True)]
@@ -152,9 +210,13 @@ class StepFunction:
 
     def _guard(self, key: Any, places: list[Place]) -> None:
         """Say what makes this call need another compilation than the last."""
-        if self._last is None or self._on_recompile == "allow":
+        if self._last is None:
             return
         changes = _differences(self._last, (key, places))
+        if self._on_recompile != "error":
+            self.recompilations.append(changes)
+        if self._on_recompile == "allow":
+            return
         message = f"{self.__name__} is compiled again, now {len(self._compiled) + 1} times, because\n{listed(changes)}"
         if self._on_recompile == "error":
             raise StepError(
@@ -176,7 +238,8 @@ class StepFunction:
                 variables = _parameters_of(nodes, call, found)
                 given = _calls.by_name(self._names, args, kwargs)
                 bare = [(*pair, pair[1].get_raw_value()) for pair in _calls.bare_variables(given)]
-                with no_eager_sharding(), _planned.planned(variables), _context.entered(region):
+                named = _scopes.named(nodes)
+                with no_eager_sharding(), _planned.planned(variables), _context.entered(region), named:
                     out = self.function(*args, **kwargs)
                     out_arrays, traced["result"] = _calls.take_result_apart(out, nodes)
                 _check_structure(self.__name__, before, _calls.graphdef_of(nodes))
@@ -200,6 +263,7 @@ class StepFunction:
         if self._must_read:
             self._check_reads(found, call, _traits.contracted(jaxpr.jaxpr))
             self._check_sequence(region, jaxpr.jaxpr)
+            self._note_gathers(region, found, call, jaxpr.jaxpr)
         result: Result = traced["result"]
         num = call.num_node_arrays
         before, after = jaxpr.jaxpr.invars[:num], jaxpr.jaxpr.outvars[:num]
@@ -304,6 +368,45 @@ class StepFunction:
         }
         return frozenset(maybe[index] for index in _traits.looked_up(jaxpr) & maybe.keys()) if maybe else frozenset()
 
+    def _note_gathers(self, region: Traced, found: list[Match | None], call: Call, jaxpr: Any) -> None:
+        """What a reader should know of how the parameters of plain pytrees are gathered."""
+        moved = {
+            index: match.record
+            for index, (place, match) in enumerate(zip(call.places, found, strict=True))
+            if match is not None and place.kind is None and not place.is_slot and _is_moved(match.record)
+        }
+        if not moved:
+            return
+        met = _traits.tags_met(jaxpr, (GATHERED, LAYER_GATHERED))
+        ways = {index: met[index] for index in moved if index in met}
+        twice = [moved[index].path for index, way in ways.items() if any(len(names) > 1 for names in way)]
+        stacked = {index: way for index, way in ways.items() if moved[index].layers}
+        whole = [moved[index] for index, way in stacked.items() if (GATHERED,) in way]
+        apart = [moved[index].path for index, way in stacked.items() if way == {(LAYER_GATHERED,)}]
+        if apart:
+            region.notes.append(f"gathered one layer at a time, where the loss calls jp.gather: {_few(apart)}")
+        if whole:
+            size = sum(
+                math.prod(self.plan.local_shape(each.shape, each.compute)) * each.dtype.itemsize for each in whole
+            )
+            region.notes.append(
+                f"gathered whole, all layers at once, {bytes_text(size)} a device: "
+                f"{_few([each.path for each in whole])}. To hold one layer at a time, call jp.gather(layer) in the "
+                "body of the scan over them, and jp.remat it"
+            )
+        if twice:
+            self._warn(region, f"gathered, and then gathered again: {_few(twice)}. Call jp.gather once for each use")
+        if _traits.kept_by_scans(jaxpr, LAYER_GATHERED):
+            self._warn(
+                region,
+                "layers gathered in a scan are all kept whole for its backward pass. Rematerialise its body: "
+                'jax.lax.scan(jp.remat(body, "full"), ...)',
+            )
+
+    def _warn(self, region: Traced, note: str) -> None:
+        region.notes.append(note)
+        logger.warning("%s: %s.", self.__name__, note)
+
     def _check_sequence(self, region: Traced, jaxpr: Any) -> None:
         strategy = self.plan.strategy(TP)
         if strategy is None or not strategy.sequence or "seq" in region.dims:
@@ -315,6 +418,14 @@ class StepFunction:
                 'jp.constrain(x, "batch", "seq", "embed"), or stack its blocks, FSDP(blocks="blocks.*") or jp.Stack; '
                 "or leave sequence out."
             )
+
+
+def _is_moved(record: Record) -> bool:
+    return record.slot in ("parameter", "frozen") and record.compute != record.storage
+
+
+def _few(paths: list[str]) -> str:
+    return ", ".join(paths[:3]) + (f" and {len(paths) - 3} more" if len(paths) > 3 else "")
 
 
 def _apart(arrays: list[Any], donated: tuple[int, ...]) -> list[Any]:

@@ -6,7 +6,7 @@ replica, and state that the loss changes (batch statistics) would become the rep
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from jax.extend import core as jax_core
@@ -58,12 +58,67 @@ def contracted(jaxpr: Any) -> set[int]:
 
     What optimisers and averages do to a parameter, element by element, is none of these.
     """
-    return _reach(jaxpr, [{index} for index in range(len(jaxpr.invars))], _CONTRACTIONS, ("sharding_constraint",))[0]
+    found: set[int] = set()
+
+    def meet(eqn: Any, given: set[Any]) -> set[Any] | None:
+        if eqn.primitive.name in _CONTRACTIONS:
+            found.update(given)
+        return set() if eqn.primitive.name == "sharding_constraint" else None
+
+    _follow(jaxpr, [{index} for index in range(len(jaxpr.invars))], meet)
+    return found
+
+
+def tags_met(jaxpr: Any, tags: Sequence[str]) -> dict[int, set[tuple[str, ...]]]:
+    """By input that is given any of the names `tags` (`checkpoint_name`), whole or in pieces: which, one after another.
+
+    `{0: {("read",)}, 1: {("read",), ("read", "read")}}`: of what was read of input 1, something was read once more.
+    """
+    found: dict[int, set[tuple[str, ...]]] = {}
+
+    def meet(eqn: Any, given: set[Any]) -> set[Any] | None:
+        tag = next((tag for tag in tags if _is_tag(eqn, tag)), None)
+        if tag is None:
+            return None
+        met = {(index, (*before, tag)) for index, before in given}
+        for index, names in met:
+            found.setdefault(index, set()).add(names)
+        return met
+
+    _follow(jaxpr, [{(index, ())} for index in range(len(jaxpr.invars))], meet)
+    return found
+
+
+def kept_by_scans(jaxpr: Any, tag: str) -> bool:
+    """Whether a scan hands out, of each of its rounds, what comes from an input and has the name `tag` inside."""
+    found = []
+
+    def meet(eqn: Any, _: set[Any]) -> set[Any] | None:
+        return {tag} if _is_tag(eqn, tag) else None
+
+    def leave(eqn: Any, outputs: list[set[Any]]) -> None:
+        if eqn.primitive.name == "scan":
+            found.extend(tag in each for each in outputs[eqn.params["num_carry"] :])
+
+    _follow(jaxpr, [{"input"} for _ in jaxpr.invars], meet, leave)
+    return any(found)
+
+
+def _is_tag(eqn: Any, tag: str) -> bool:
+    return eqn.primitive.name == "name" and eqn.params["name"] == tag
 
 
 def looked_up(jaxpr: Any) -> set[int]:
     """Which inputs reach a lookup by index, as they are or gathered: tables, and the indices."""
-    return _reach(jaxpr, [{index} for index in range(len(jaxpr.invars))], ("gather",), _PRODUCTS)[0]
+    found: set[int] = set()
+
+    def meet(eqn: Any, given: set[Any]) -> set[Any] | None:
+        if eqn.primitive.name == "gather":
+            found.update(given)
+        return set() if eqn.primitive.name in _CONTRACTIONS else None
+
+    _follow(jaxpr, [{index} for index in range(len(jaxpr.invars))], meet)
+    return found
 
 
 _PRODUCTS = ("dot_general", "conv_general_dilated", "ragged_dot", "ragged_dot_general")
@@ -71,32 +126,41 @@ _CONTRACTIONS = (*_PRODUCTS, "gather")
 _PIECES = ("slice", "dynamic_slice", "squeeze", "split")
 
 
-def _reach(
-    jaxpr: Any, inputs: list[set[int]], ends: tuple[str, ...], barriers: tuple[str, ...]
-) -> tuple[set[int], list[set[int]]]:
-    """What reaches a primitive named in `ends`, and what each output still is, given what each input of `jaxpr` is.
+def _follow(
+    jaxpr: Any,
+    inputs: list[set[Any]],
+    meet: Callable[[Any, set[Any]], set[Any] | None],
+    leave: Callable[[Any, list[set[Any]]], None] = lambda eqn, outputs: None,
+) -> list[set[Any]]:
+    """What each output of `jaxpr` still is, given what each input is: arrays, or pieces of them, as they are.
 
-    Nothing passes the primitives named in `barriers`.
+    Args:
+        jaxpr: What is followed, insides of its equations too.
+        inputs: Labels of each input.
+        meet: Called with an equation that is given something labelled, and its labels; says what its outputs are,
+            `None` for what follows from their sizes.
+        leave: Called with an equation and the labels of what a jaxpr inside of it gives.
     """
     is_of = dict(zip(jaxpr.invars, inputs, strict=True))
-    found: set[int] = set()
 
-    def of(var: Any) -> set[int]:
+    def of(var: Any) -> set[Any]:
         return set() if isinstance(var, jax_core.Literal) else is_of.get(var, set())
 
     for eqn in jaxpr.eqns:
         given = [of(var) for var in eqn.invars]
-        if not any(given) or eqn.primitive.name in barriers:
+        if not any(given):
+            continue
+        said = meet(eqn, set().union(*given))
+        if said is not None:
+            is_of |= dict.fromkeys(eqn.outvars, said)
             continue
         for sub in _subs(eqn):
             inner = given[-len(sub.invars) :] if len(sub.invars) <= len(given) else [set() for _ in sub.invars]
-            more, outputs = _reach(sub, inner, ends, barriers)
-            found |= more
+            outputs = _follow(sub, inner, meet, leave)
+            leave(eqn, outputs)
             if len(outputs) == len(eqn.outvars):
                 is_of |= {var: of(var) | out for var, out in zip(eqn.outvars, outputs, strict=True)}
-        if eqn.primitive.name in ends:
-            found |= set().union(*given)
-        elif not _subs(eqn):
+        if not _subs(eqn) and eqn.primitive.name not in _CONTRACTIONS:
             for out in eqn.outvars:
                 alike = [
                     origin
@@ -104,7 +168,7 @@ def _reach(
                     if var.aval.size == out.aval.size or eqn.primitive.name in _PIECES
                 ]
                 is_of[out] = set().union(*alike)
-    return found, [of(var) for var in jaxpr.outvars]
+    return [of(var) for var in jaxpr.outvars]
 
 
 def _subs(eqn: Any) -> list[Any]:
@@ -117,6 +181,13 @@ def _subs(eqn: Any) -> list[Any]:
             elif isinstance(each, jax_core.Jaxpr):
                 found.append(each)
     return found
+
+
+def bytes_made(jaxpr: Any) -> int:
+    """Bytes of all that `jaxpr` computes on the way, a loop's rounds in one place: no less than it holds at once."""
+    made = [var.aval for eqn in jaxpr.eqns for var in eqn.outvars if hasattr(var.aval, "size")]
+    inside = sum(bytes_made(sub) for eqn in jaxpr.eqns for sub in _subs(eqn))
+    return sum(each.size * each.dtype.itemsize for each in made) + inside
 
 
 def find(jaxpr: Any, names: Any) -> str | None:

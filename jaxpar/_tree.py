@@ -8,7 +8,7 @@ changed.
 
 import dataclasses
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -90,6 +90,14 @@ def replace(tree: PyTree, values: Mapping[str, Any]) -> PyTree:
     exchanged = [(keys, _with_values(leaf, path_of(keys), values)) for keys, leaf in nnx.to_flat_state(nnx.state(tree))]
     nnx.update(tree, nnx.from_flat_state(exchanged))
     return tree
+
+
+def only(tree: PyTree, paths: Container[str]) -> PyTree:
+    """A plain pytree with `None` for every leaf that is not an array at one of `paths`; its structure stays."""
+    with_keys, treedef = jax.tree_util.tree_flatten_with_path(tree)
+    return jax.tree.unflatten(
+        treedef, [leaf if is_array(leaf) and path_of(keys) in paths else None for keys, leaf in with_keys]
+    )
 
 
 def _flatten_pytree(tree: PyTree) -> Flat:

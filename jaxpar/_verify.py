@@ -9,12 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from . import _calls, _mesh, _tree
+from . import _calls, _mesh, _traits, _tree
 from ._bound import BoundPlan
 from ._errors import ShardingError, StepError
+from ._grad import differentiate
 from ._plan_text import bytes_text
 from ._precision import Precision
-from ._recipe import Program, Recipe
+from ._recipe import Program, Recipe, is_graph_plan
 from ._step import StepFunction
 from ._types import PyTree
 from .parallel import DP
@@ -53,7 +54,8 @@ def verify(step: Any, *args: Any) -> Comparison:
         The table: prints itself, `.ok`, `.worst`, and `.check()`, which raises if a leaf fails.
 
     Raises:
-        ShardingError: The step does not fit one device, with the bytes.
+        ShardingError: The step does not fit one device, with the bytes; and for a `Program` a smaller one that does, by
+            `recipe.reduced(...)`.
         StepError: It is not a step, or this process is one of several.
 
     Example:
@@ -87,7 +89,7 @@ def verify(step: Any, *args: Any) -> Comparison:
 
 
 def _verify_program(program: Program, batch: PyTree | None = None) -> Comparison:
-    _check_fits(program.plan, (program.plan.birth.shapes, program.recipe.batch))
+    _check_program_fits(program)
     recipe = program.recipe
     strategies = [_in_full(each, "float32") for each in recipe.strategies]
     recipe = dataclasses.replace(recipe, precision=_full_precision(program.plan.precision), strategies=strategies)
@@ -385,17 +387,111 @@ def _filled(batch: PyTree, plan: BoundPlan) -> PyTree:
 
 def _check_fits(plan: BoundPlan, args: PyTree) -> None:
     """Refuse what one device cannot hold."""
-    held = sum(
-        math.prod(leaf.shape) * leaf.dtype.itemsize
-        for arg in args
-        for leaf in _tree.leaves(arg).values()
-        if hasattr(leaf, "dtype")
-    )
-    memory = _mesh.hardware_of(plan.mesh).memory
+    held = sum(_bytes_of(arg) for arg in args)
+    memory = _memory(plan)
     if memory and COPIES * held > memory:
         raise ShardingError(
-            f"verifying needs about {bytes_text(COPIES * held)} on one device ({bytes_text(held)} of state and batch, "
-            f"in float32 and float64, and the results), which has {bytes_text(memory)}. Verify a reduced recipe, with "
-            "fewer layers, narrower ones and a smaller batch, on the same mesh and strategies: what is wrong there is "
-            "wrong here."
+            f"verifying needs at least {bytes_text(COPIES * held)} on one device ({COPIES} times {bytes_text(held)} of "
+            f"state and batch: in float32 and float64, and the results), which has {bytes_text(memory)}. Verify a "
+            "smaller model, with fewer layers, narrower ones and a smaller batch, on the same mesh and strategies: "
+            "what is wrong there is wrong here. A jp.Recipe makes one of itself: recipe.reduced(layers=2, "
+            "batch_size=...)."
         )
+
+
+def _check_program_fits(program: Program) -> None:
+    """Refuse what one device cannot hold, naming a smaller program that it can."""
+    memory = _memory(program.plan)
+    if not memory:
+        return
+    needs = _needs(program, memory)
+    if needs.total > memory:
+        raise ShardingError(f"verifying needs {needs}, which has {bytes_text(memory)}. {_smaller(program, memory)}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Needs:
+    """What verifying a program takes of one device.
+
+    Attributes:
+        held: Bytes of state and batch in float32.
+        working: Bytes of activations in float64; `None` if `held` alone is too much.
+    """
+
+    held: int
+    working: int | None
+
+    @property
+    def total(self) -> int:
+        return COPIES * self.held + (self.working or 0)
+
+    def __str__(self) -> str:
+        state = f"{COPIES} times {bytes_text(self.held)} of state and batch: in float32 and float64, and the results"
+        if self.working is None:
+            return f"at least {bytes_text(self.total)} on one device ({state})"
+        return f"about {bytes_text(self.total)} on one device ({state}; {bytes_text(self.working)} of activations)"
+
+
+def _needs(program: Program, memory: int) -> _Needs:
+    plan, recipe = program.plan, program.recipe
+    records = [*plan.records.values(), *(plan.optimizer_records or {}).values()]
+    held = sum(record.num_bytes for record in records) + _bytes_of(recipe.batch)
+    if COPIES * held > memory:
+        return _Needs(held=held, working=None)
+
+    def reference(leaves: dict[str, Any], batch: PyTree) -> Any:
+        found = differentiate(
+            recipe.loss,
+            plan.birth.build(leaves),
+            batch,
+            accumulate=recipe.accumulate,
+            has_aux=recipe.has_aux,
+            weight=recipe.weight,
+            separable=recipe.separable,
+        )
+        return found.value, _tree.leaves(found.gradients)
+
+    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(np.shape(leaf), leaf.dtype), recipe.batch)
+    traced = jax.jit(reference).trace(plan.birth.shapes, shapes)
+    working = 2 * _traits.bytes_made(traced.jaxpr.jaxpr)  # at most: all of it at once
+    if COPIES * held + working > memory:
+        found = traced.lower().compile().memory_analysis()
+        working = working if found is None else 2 * found.temp_size_in_bytes
+    return _Needs(held=held, working=working)
+
+
+def _smaller(program: Program, memory: int) -> str:
+    """A reduced recipe that fits, as what to type; or what even the smallest needs."""
+    recipe, plan = program.recipe, program.plan
+    rows = plan.num_batch_shards * recipe.accumulate
+    batch = {"batch_size": rows} if rows < recipe.batch_size else {}
+    is_graph = is_graph_plan(plan)
+    depth = max((record.shape[0] for record in plan.records.values() if record.layers and is_graph), default=0)
+    choices = [batch, *({"layers": layers, **batch} for layers in (2, 1) if layers < depth)]
+    smallest = ""
+    for choice in filter(None, choices):
+        needs = _needs(recipe.reduced(**choice).on(plan.mesh), memory)
+        said = ", ".join(f"{name}={value}" for name, value in choice.items())
+        typed = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in choice.items())
+        if needs.total <= memory:
+            return (
+                "Verify a smaller one, on the same mesh and strategies, for what is wrong there is wrong here: "
+                f"jp.verify(recipe.reduced({said}).on(mesh)), or jaxpar verify ... {typed}. It needs "
+                f"{bytes_text(needs.total)}."
+            )
+        smallest = f"Even recipe.reduced({said}) needs {bytes_text(needs.total)}. "
+    return (
+        f"{smallest}Verify a narrower model, on the same mesh and strategies, for what is wrong there is wrong here: "
+        "dataclasses.replace(recipe, model=...)."
+        + ("" if depth else " It has no jp.Stack, and no FSDP(blocks=...), whose layers could be fewer.")
+    )
+
+
+def _memory(plan: BoundPlan) -> int:
+    """Bytes that one device may use; simulated ones share the memory of the host, and one of them may have it all."""
+    hardware = _mesh.hardware_of(plan.mesh)
+    return hardware.memory * (hardware.num_devices if hardware.kind == "cpu" else 1)
+
+
+def _bytes_of(tree: PyTree) -> int:
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in _tree.leaves(tree).values())

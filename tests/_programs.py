@@ -41,6 +41,7 @@ class Case:
         batch: A global batch.
         tensor: The rules for `jp.TP`.
         blocks: Where its equal blocks are, for `jp.FSDP`.
+        dims: Names of dims, for `jp.plan`.
         has_seq: Whether it splits its sequence dim somewhere.
         is_narrow: Whether it computes in float32 inside, whatever it is given: there is no float64 run then.
     """
@@ -51,6 +52,7 @@ class Case:
     batch: dict[str, np.ndarray]
     tensor: dict[str, list[str]]
     blocks: str | None = None
+    dims: tuple[Any, ...] = ()
     has_seq: bool = False
     is_narrow: bool = False
 
@@ -170,6 +172,19 @@ def make_pytree():
     }
 
 
+def make_stacked_pytree():
+    """Residual blocks, their leaves stacked over the layers."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    return {
+        "blocks": {
+            "up": jax.random.normal(keys[0], (LAYERS, D, F)) / 7,
+            "down": jax.random.normal(keys[1], (LAYERS, F, D)) / 10,
+            "scale": jnp.ones((LAYERS, D)),
+        },
+        "head": jax.random.normal(keys[2], (D, CLASSES)) / 7,
+    }
+
+
 def make_linen():
     params = LinenMLP().init(jax.random.key(0), jnp.ones((1, D)))["params"]
     return TrainState.create(apply_fn=LinenMLP().apply, params=params, tx=optax.sgd(LEARNING_RATE))
@@ -208,6 +223,18 @@ def equinox_loss(model, batch):
 def pytree_loss(params, batch):
     hidden = jax.nn.gelu(batch["x"] @ params["up"]["w"] + params["up"]["b"][None])
     return of_classes(hidden @ params["down"]["w"] + params["down"]["b"][None], batch)
+
+
+def stacked_pytree_loss(params, batch):
+    """Its own scan over the layers, one of which is whole at a time."""
+
+    def block(x, layer):
+        layer = jp.gather(layer, "blocks")
+        hidden = jax.nn.gelu((x * layer["scale"][None]) @ layer["up"])
+        return x + hidden @ layer["down"], None
+
+    x, _ = jax.lax.scan(jp.remat(block, "full"), batch["x"], params["blocks"])
+    return of_classes(x @ params["head"], batch)
 
 
 # ---- batches and cases
@@ -264,6 +291,14 @@ CASES = {
         ),
         Case(name="linen", make=make_linen, loss=linen_loss, batch=vectors(), tensor=_PAIR),
         Case(name="pytree", make=make_pytree, loss=pytree_loss, batch=vectors(), tensor=_PAIR),
+        Case(
+            name="stacked-pytree",
+            make=make_stacked_pytree,
+            loss=stacked_pytree_loss,
+            batch=vectors(),
+            tensor=_PAIR,
+            dims=(("blocks.*", ("layers", ...)),),
+        ),
         Case(
             name="equinox",
             make=lambda: EquinoxMLP(jax.random.key(0)),
@@ -339,7 +374,7 @@ def host(leaves):
 
 def train(case: Case, on: Any, strategies: Any, *, accumulate: int = 1, steps: int = 2, **options: Any) -> Trained:
     """`case` in a loop like its user's, on a mesh."""
-    plan = jp.plan(case.make, on, strategies, **options)
+    plan = jp.plan(case.make, on, strategies, dims=case.dims, **options)
     state = plan.init()
     initial = host(_tree.leaves(params_of(state)))
     grad = jp.value_and_grad(case.loss, accumulate=accumulate)

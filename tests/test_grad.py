@@ -176,6 +176,21 @@ def test_form_and_its_numbers(name, caplog):
     assert ("gradients are reduced 2 times a step" in caplog.text) == (note.startswith("whole") and axes != {"fsdp": 8})
 
 
+@pytest.mark.parametrize("axes", [{"data": 2, "fsdp": 4}, {"fsdp": 2, "data": 2}], ids=str)
+def test_one_dim_split_by_a_replica_axis_and_then_another(axes):
+    """`ZeRO(2)` sums its piece in the loop; `FSDP(reduce="step")`, which split the dim first, cuts that after it."""
+    chosen = [jp.ZeRO(2, min_bytes=0), jp.FSDP(min_bytes=0, reduce="step")]
+    plan = jp.plan(lambda: {"w": jnp.ones((D, 5))}, programs.mesh(**axes), chosen)
+    assert plan.records["w"].gradient == P(("fsdp", "data"))
+    loss = lambda params, batch: jnp.mean((batch["x"] @ params["w"]) ** 2)
+    step = plan.jit(jp.value_and_grad(loss, accumulate=2))
+    _, gradients = step(plan.init(), plan.batch(batch()))
+    expected = jax.jit(jax.grad(loss))({"w": jnp.ones((D, 5))}, batch())
+    table = jp.testing.compare(programs.host(gradients), programs.host(expected), None, bound=2e-6)
+    assert table.ok, str(table)
+    assert gradients["w"].sharding.is_equivalent_to(plan.sharding(plan.records["w"].storage), 2)
+
+
 @pytest.mark.parametrize("make", [DROPOUT, STATISTICS], ids=["dropout", "statistics"])
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_state_that_a_loss_changes(make, accumulate):
@@ -362,7 +377,7 @@ def test_rejects_aux_that_cannot_be_averaged():
 def test_rejects_a_batch_that_does_not_divide():
     message = failing(weighted, accumulate=5)
     assert message == (
-        "sample: 48 rows do not divide into accumulate=5 microbatches. Use a batch of 45 or 50, or another accumulate."
+        "sample: 48 rows do not divide into accumulate=5 microbatches. Use a batch of 40 or 60, or another accumulate."
     )
     message = failing(weighted, accumulate=4, data=batch(24), axes=DATA, chosen=[jp.DP()])
     assert message == (

@@ -330,7 +330,7 @@ def test_order_across_slices():
     """`data` alone crosses slices; within one, `tensor` and `fsdp` lie along the sides of the topology."""
     devices = [device for index in (1, 0) for device in tpu_slice("TPU v5 lite", (4, 4, 1), slice_index=index)]
     sizes = {"data": 2, "fsdp": 4, "tensor": 4}
-    order = _mesh._ordered(devices, sizes, {"data": 2})
+    order = _mesh.ordered(devices, sizes, {"data": 2})
 
     assert order.shape == (2, 4, 4)
     assert [{device.slice_index for device in block.flat} for block in order] == [{0}, {1}]
@@ -341,14 +341,14 @@ def test_order_across_slices():
 
 def test_order_when_an_axis_shares_a_side(caplog):
     with caplog.at_level(logging.INFO, "jaxpar"):
-        order = _mesh._ordered(tpu_slice("TPU v6 lite", (4, 4, 1)), {"fsdp": 8, "tensor": 2}, {})
+        order = _mesh.ordered(tpu_slice("TPU v6 lite", (4, 4, 1)), {"fsdp": 8, "tensor": 2}, {})
     assert order.shape == (8, 2)
     assert caplog.messages == ["fsdp=8 x tensor=2: an axis shares a side of the TPU topology with another."]
 
 
 def test_order_of_devices_that_fill_no_box():
     with pytest.raises(MeshError, match=r"^fsdp=7 cannot be laid on v5p:7: .* Choose sizes that are products"):
-        _mesh._ordered(tpu_slice("TPU v5", (2, 2, 2))[:7], {"fsdp": 7}, {})
+        _mesh.ordered(tpu_slice("TPU v5", (2, 2, 2))[:7], {"fsdp": 7}, {})
 
 
 # Files, --mesh and JAXPAR_MESH
@@ -511,7 +511,7 @@ def test_mesh_before_the_cluster(variables, evidence, monkeypatch):
 
     assert message(fsdp=-1) == (
         f"This process is one of several ({evidence}), and would see only its own devices. Call "
-        "jax.distributed.initialize() before jp.mesh. A process that is meant to work alone says so: "
+        "jax.distributed.initialize() before anything touches a device. A process that is meant to work alone says so: "
         "jp.mesh(devices=jax.local_devices(), ...)."
     )
     with pytest.raises(MeshError, match=r"^simulate\(8\): this process belongs to a cluster"):

@@ -7,7 +7,9 @@ by their position in the mesh, row-major; from that the axes follow.
 
 import dataclasses
 import functools as ft
+import itertools
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -37,7 +39,10 @@ class MeshAxes:
 
 def mesh_axes(mesh: Any) -> MeshAxes:
     """The `MeshAxes` of a `jax.sharding.Mesh`, or of anything with `axis_names` and `axis_sizes`."""
-    devices = getattr(mesh, "devices", None)
+    try:
+        devices = getattr(mesh, "devices", None)
+    except ValueError:  # what an abstract mesh has to say of its devices
+        devices = None
     flat = [] if devices is None else list(np.asarray(devices).flat)
     slices = tuple(getattr(device, "slice_index", None) or 0 for device in flat)
     several = len(set(slices)) > 1
@@ -81,6 +86,73 @@ def axes_of(groups: np.ndarray, mesh: MeshAxes) -> tuple[str, ...]:
             members *= int(distinct[0])
             found.append(name if distinct[0] == size else f"{name}[{distinct[0]}/{size}]")
     return tuple(found) if members == groups.shape[1] else ("?",)
+
+
+def axes_written(attributes: str, flat: MeshAxes) -> MeshAxes | None:
+    """The mesh that replica groups spell with names that people gave, `mesh['fsdp'=16,'tensor'=16]`.
+
+    Axes of 1 are left out. Of a program for one slice of several the slices are a first axis, `slice`.
+    """
+    start = attributes.find("mesh[")
+    if start < 0:
+        return None
+    named = re.findall(r"['\"]([\w.\-]+)['\"]\s*=\s*(\d+)", attributes[start : attributes.find("]", start)])
+    kept = [(name, int(size)) for name, size in named if int(size) > 1]
+    if not kept or any(re.fullmatch(r"_?axis_\d+", name) for name, _ in kept):
+        return None
+    total = int(np.prod([size for _, size in kept], dtype=np.int64))
+    num_slices = len(set(flat.slices)) or 1
+    if total * num_slices == flat.size and num_slices > 1:
+        kept.insert(0, ("slice", num_slices))
+    elif total != flat.size:
+        return None
+    return MeshAxes(names=tuple(name for name, _ in kept), sizes=tuple(size for _, size in kept), slices=flat.slices)
+
+
+def axes_behind(groups: Sequence[np.ndarray], flat: MeshAxes) -> MeshAxes:
+    """The coarsest mesh of as many devices of whose axes every one of `groups` is a product.
+
+    Groups that step through devices at distance `a` and end at distance `b` need cuts at `a` and `b` in the row-major
+    numbering. Groups that are no such product are left out.
+    """
+    num_devices = flat.size
+    num_slices = len(set(flat.slices)) or 1
+    cuts = {1, num_devices}
+    if num_slices > 1 and num_devices % num_slices == 0:
+        cuts.add(num_devices // num_slices)
+    for each in {(found.shape, found.tobytes()): found for found in groups}.values():
+        cuts |= _cuts(np.sort(each[np.argmin(each.min(axis=1))]))
+    bounds = [cut for cut in sorted(cuts) if num_devices % cut == 0]
+    chain = [bounds[0]]
+    for cut in bounds[1:]:
+        if cut % chain[-1] == 0:
+            chain.append(cut)
+    chain = chain if chain[-1] == num_devices else [*chain, num_devices]
+    sizes = [high // low for low, high in itertools.pairwise(chain)][::-1] or [1]
+    names = ["slice"] if num_slices > 1 and sizes[0] == num_slices else []
+    names += [_LETTERS[at] if at < len(_LETTERS) else f"x{at}" for at in range(len(sizes) - len(names))]
+    return MeshAxes(names=tuple(names), sizes=tuple(sizes), slices=flat.slices)
+
+
+_LETTERS = "xyzuvw"
+
+
+def _cuts(group: np.ndarray) -> set[int]:
+    """Where the numbering of devices must be cut so that `group`, sorted and starting at the origin, is a product."""
+    found: set[int] = set()
+    rest = group - group[0]
+    while len(rest) > 1:
+        step = int(rest[1])
+        run = 1
+        while run < len(rest) and rest[run] == run * step:
+            run += 1
+        if len(rest) % run:
+            return set()
+        found |= {step, step * run}
+        rest = rest[::run]
+        if len(rest) > 1 and int(rest[1]) < step * run:
+            return set()
+    return found
 
 
 _EXPLICIT = re.compile(r"replica_groups=\{((?:\{[\d,\s]*\},?\s*)*)\}")

@@ -17,7 +17,7 @@ import re
 import numpy as np
 
 from . import _values as values
-from ._groups import MeshAxes, axes_of, groups_of, pairs_of
+from ._groups import MeshAxes, axes_behind, axes_of, axes_written, groups_of, pairs_of
 from ._text import Op, Program, Shape, arrays_in, parse, short_file
 
 KINDS = (
@@ -55,6 +55,7 @@ class Collective:
         source: `file:line` of the author's code, where the compiler kept it.
         name: The instruction; equal for tensors combined into one.
         channel: XLA's `channel_id`.
+        computation: That holds the instruction.
     """
 
     kind: str
@@ -70,6 +71,7 @@ class Collective:
     source: str
     name: str
     channel: int | None
+    computation: str = ""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -97,6 +99,40 @@ class Module:
     def collectives(self, mesh: MeshAxes) -> tuple[Collective, ...]:
         """Every collective between different devices of `mesh`, in the order of the text."""
         return _Reader(self.program, mesh).collectives()
+
+    def members(self, collective: Collective, mesh: MeshAxes) -> np.ndarray | None:
+        """Which positions of `mesh` exchange data in `collective`, a row a group; of a permute `(source, target)` rows.
+
+        Of the first slice alone where the program is written for one slice; `None` where it cannot be read.
+        """
+        op = self.program.op((collective.computation, collective.name))
+        return None if op is None else _Reader(self.program, mesh).members(op)
+
+    def axes(self, num_devices: int, slices: tuple[int, ...] = ()) -> MeshAxes:
+        """A mesh whose axes are those that the collectives run over, for a program whose mesh is not known.
+
+        A collective may spell the mesh, names and all. Else sizes are such that each group is a product of axes, and
+        the names are `slice` for what joins several slices, and `x`, `y`, ... outermost first, for the rest.
+        """
+        flat = MeshAxes(names=("x",), sizes=(num_devices,), slices=slices)
+        reader = _Reader(self.program, flat)
+        groups = []
+        for visit in _walk(self.program):
+            found = reader.groups(visit.op)
+            if found is not None:
+                groups.append(found)
+                written = axes_written(visit.op.attributes, flat)
+                if written is not None:
+                    return written
+        return axes_behind(groups, flat)
+
+    def trips(self, loop: Op) -> int | None:
+        """How often the body of a `while` runs each time it is met; `None` if that is not known."""
+        return values.trip_count(self.program, loop)
+
+    def origin(self, op: Op) -> tuple[str, str]:
+        """The name that JAX gave an operation and its `file:line`, or those of the nearest one that kept them."""
+        return _Reader(self.program, MeshAxes(names=(), sizes=())).origin(op)
 
     def loops(self) -> tuple[Loop, ...]:
         """Every `while` that the program can run."""
@@ -262,6 +298,7 @@ class _Reader:
             source=source,
             name=op.name,
             channel=int(channel) if channel and channel.isdigit() else None,
+            computation=op.computation,
         )
 
     def _operand_shapes(self, op: Op) -> list[Shape]:
@@ -273,6 +310,33 @@ class _Reader:
         return [shape for name in op.operands if name in ops for shape in ops[name].shapes]
 
     # Axes.
+
+    def groups(self, op: Op) -> np.ndarray | None:
+        """The replica groups of a collective by mesh position; `None` of a permute, and of what is none."""
+        if _kind_of(op.opcode) in (None, "collective-permute"):
+            return None
+        found = groups_of(op.attributes, self._partitions())
+        positions = self._positions()
+        return None if found is None or found.size == 0 or found.max() >= len(positions) else positions[found]
+
+    def members(self, op: Op) -> np.ndarray | None:
+        """As `Module.members`."""
+        positions = self._positions()
+        if _kind_of(op.opcode) == "collective-permute":
+            pairs = pairs_of(op.attributes)
+        elif op.opcode == "send":
+            given = re.search(r'_xla_send_recv_source_target_pairs="?(\{\{.*?\}\})', op.attributes)
+            if given is None:
+                return self._across_slices()
+            pairs = pairs_of(f"source_target_pairs={given.group(1)}")
+        else:
+            return self.groups(op)
+        return None if pairs.size == 0 or pairs.max() >= len(positions) else positions[pairs]
+
+    def _across_slices(self) -> np.ndarray | None:
+        slices = np.asarray(self.mesh.slices)
+        parts = [np.flatnonzero(slices == each) for each in sorted(set(self.mesh.slices))]
+        return np.stack(parts, axis=1) if parts and len({len(part) for part in parts}) == 1 else None
 
     def _partitions(self) -> int:
         several = self.program.num_partitions
@@ -306,9 +370,9 @@ class _Reader:
         transfer = re.search(r'_xla_megascale_transfer_type="(\w+)"', op.attributes)
         if transfer and self.mesh.slices and shapes:
             kind = transfer.group(1).lower().replace("_", "-").replace("one-to-one", "collective-permute")
-            slices = np.asarray(self.mesh.slices)
-            groups = np.stack([np.flatnonzero(slices == each) for each in sorted(set(self.mesh.slices))], axis=1)
-            shape = shapes[0]
+            groups, shape = self._across_slices(), shapes[0]
+            if groups is None:
+                return []
             if kind == "all-gather":
                 shape = Shape(dtype=shape.dtype, dims=(groups.shape[1], *shape.dims))
             return [self._collective(visit, kind, f"send {transfer.group(1)}", axes_of(groups, self.mesh), shape)]

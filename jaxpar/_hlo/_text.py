@@ -9,6 +9,7 @@ import functools as ft
 import math
 import pathlib
 import re
+from collections.abc import Iterator
 
 BITS = {
     "pred": 8, "token": 0, "opaque": 0,
@@ -24,10 +25,15 @@ Place = tuple[str, str]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Shape:
-    """One array in HLO: the per-device shape."""
+    """One array in HLO: the per-device shape.
+
+    `space` is the memory that its layout names (`S(1)`): on TPU 0 is HBM, 1 is VMEM, 5 is the host's; 0 where the text
+    does not say. It is no part of what makes two shapes equal.
+    """
 
     dtype: str
     dims: tuple[int, ...]
+    space: int = dataclasses.field(default=0, compare=False)
 
     @property
     def size(self) -> int:
@@ -57,6 +63,7 @@ class Op:
         attributes: The text after them.
         computation: Name of the computation that holds it.
         root: Whether it is that computation's result.
+        result: The text of the result's type, with layouts.
     """
 
     name: str
@@ -67,6 +74,7 @@ class Op:
     attributes: str
     computation: str
     root: bool
+    result: str = ""
 
     def attribute(self, key: str) -> str | None:
         """The word, number or `{...}` after `key=`, without the percent sign of a name."""
@@ -101,6 +109,7 @@ class Program:
         entry: Name of the computation that runs.
         frames: `stack_frame_id` to `(file, line)`, innermost first.
         unread: Lines and parts that could not be read, each with its reason.
+        header: The module's first line: what aliases what, the layouts of its arguments.
     """
 
     name: str
@@ -109,6 +118,7 @@ class Program:
     entry: str
     frames: dict[int, tuple[tuple[str, int], ...]]
     unread: tuple[str, ...]
+    header: str = ""
 
     @ft.cached_property
     def callers(self) -> dict[str, list[Op]]:
@@ -146,8 +156,9 @@ _CALLING = {
 _NAME = re.compile(r"[\w.\-]+")
 _HEADER = re.compile(r"^(ENTRY\s+)?%?([\w.\-]+)\s*(?:\(.*)?\{\s*$")
 _OP = re.compile(r"^\s+(ROOT\s+)?%?([\w.\-]+)\s+=\s+")
+_NEXT = re.compile(r"^\s+(ROOT\s+)?%?[\w.\-]+\s+=\s+|^(ENTRY\s+)?%?[\w.\-]+\s+\(|^}\s*$")
 _OPCODE = re.compile(r"\s*([\w\-]+)\(")
-_ARRAY = re.compile(r"\b([a-z]\w*)\[([^\]]*)\]|\b(token)\b")
+_ARRAY = re.compile(r"\b([a-z]\w*)\[([^\]]*)\](?:\{[^{}]*?S\((\d+)\)[^{}]*\})?|\b(token)\b")
 _COMMENT = re.compile(r"/\*.*?\*/")
 _OPERAND = re.compile(r"%?([\w.\-]+)\s*$")
 _TABLE = re.compile(r"^(FileNames|FunctionNames|FileLocations|StackFrames)\s*$")
@@ -157,14 +168,14 @@ _FIELD = re.compile(r"(\w+)=(-?\d+)")
 
 def parse(text: str) -> Program:
     """Take HLO `text` apart. Garbage gives an empty program whose `unread` says so."""
-    name, num_partitions, entry = "", 1, ""
+    name, num_partitions, entry, heading = "", 1, "", ""
     computations: dict[str, Computation] = {}
     unread: list[str] = []
     tables: dict[str, list[str]] = {}
     table: list[str] | None = None
     current, root = "", ""
     ops: dict[str, Op] = {}
-    for number, line in enumerate(text.splitlines(), start=1):
+    for number, line in _lines(text):
         if current:
             if line.startswith("}"):
                 computations[current] = Computation(name=current, ops=ops, root=root)
@@ -177,7 +188,7 @@ def parse(text: str) -> Program:
                     ops[op.name] = op
                     root = op.name if op.root else root
         elif line.startswith("HloModule"):
-            name = line.split()[1].rstrip(",") if len(line.split()) > 1 else ""
+            name, heading = line.split()[1].rstrip(",") if len(line.split()) > 1 else "", line
             partitions = re.search(r"num_partitions=(\d+)", line)
             num_partitions = int(partitions.group(1)) if partitions else 1
         elif title := _TABLE.match(line):
@@ -204,15 +215,43 @@ def parse(text: str) -> Program:
         entry=entry,
         frames=_frames(tables),
         unread=tuple(unread),
+        header=heading,
     )
+
+
+def _lines(text: str) -> Iterator[tuple[int, str]]:
+    """The lines of `text` with their numbers; one that its own brackets leave open is joined with what follows.
+
+    XLA:TPU breaks `kernel_metadata={` of a Pallas kernel over three lines, the last of which looks like the end of a
+    computation.
+    """
+    held, first = "", 0
+    for number, line in enumerate(text.splitlines(), start=1):
+        if held:
+            if _NEXT.match(line):  # never closed: the text was cut
+                yield first, held
+                held = ""
+            else:
+                held += line
+                if not line.startswith("}}"):
+                    continue
+                yield first, held
+                held = ""
+                continue
+        if line.endswith("={"):
+            held, first = line, number
+        else:
+            yield number, line
+    if held:
+        yield first, held
 
 
 def arrays_in(text: str) -> tuple[Shape, ...]:
     """Every array type written in `text`, in order."""
     found = []
-    for dtype, dims, token in _ARRAY.findall(text):
+    for dtype, dims, space, token in _ARRAY.findall(text):
         sizes = tuple(int(size.lstrip("<=") or 0) for size in dims.split(",") if size.strip(" <=").isdigit())
-        found.append(Shape(dtype=token or dtype, dims=sizes))
+        found.append(Shape(dtype=token or dtype, dims=sizes, space=int(space or 0)))
     return tuple(found)
 
 
@@ -241,6 +280,7 @@ def _read_op(line: str, computation: str) -> Op | None:
         attributes=line[close:],
         computation=computation,
         root=start.group(1) is not None,
+        result=line[at:end],
     )
 
 

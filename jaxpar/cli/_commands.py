@@ -7,7 +7,7 @@ from typing import Annotated
 from tyro.conf import Positional, arg, subcommand
 
 from .._verify import verify
-from . import _doctor, _load, _train
+from . import _compare, _doctor, _explain, _load, _train
 
 RECIPE = (
     "MODULE:NAME of a jp.Recipe, or of a function that returns one, in your own code: `models.gpt:demo`. The working "
@@ -52,10 +52,17 @@ class Verify:
 
     recipe: Recipe
     mesh: Mesh = None
+    layers: int | None = None
+    """Reduce its stacks of equal blocks to this many, so that it fits one device; see `Recipe.reduced`."""
+    batch_size: int | None = None
+    """Reduce its batch to this many rows."""
 
     def run(self) -> int:
         """Print the table."""
         program = _load.program(self.recipe, self.mesh)
+        if self.layers is not None or self.batch_size is not None:
+            smaller = program.recipe.reduced(layers=self.layers, batch_size=self.batch_size)
+            program = smaller.on(program.plan.mesh)
         print(f"{self.recipe}: {program.plan!r}", flush=True)
         found = verify(program)
         print(found)
@@ -104,9 +111,83 @@ class Doctor:
         return 0
 
 
+STEP = "MODULE:NAME of a recipe, or of a function that returns one, or a step and its arguments as a tuple; or "
+OPTIONS = "Compiler options: sets of jp.compiler_options (`no-windowed-einsum`), and XLA's own (`xla_name=value`)."
+
+Options = Annotated[tuple[str, ...], arg(help=OPTIONS)]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Explain:
+    """Compile a step, for hardware that is here or not, and report what it costs: memory, collectives, time."""
+
+    what: Annotated[
+        Positional[str | None], arg(metavar="MODULE:NAME|FILE", help=STEP + "a file that `jaxpar export` wrote.")
+    ] = None
+    mesh: Mesh = None
+    hlo: pathlib.Path | None = None
+    """Explain HLO text that something else compiled, plain, .xz or .gz, instead."""
+    target: str | None = None
+    """What --hlo was compiled for: hardware (`v5e:16x16`), or a mesh as for --mesh."""
+    options: Options = ()
+    json: bool = False
+    """Print the whole report as one JSON object."""
+    html: pathlib.Path | None = None
+    """Also write it here, as one HTML file."""
+    cache: pathlib.Path | None = None
+    """Where compiled programs are kept; by default in the user's cache directory."""
+
+    def run(self) -> int:
+        """Print the report."""
+        return _explain.run_explain(self)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Export:
+    """Write a step, lowered for a mesh, to a file: for `jaxpar explain FILE` where that hardware's compiler is."""
+
+    recipe: Recipe
+    mesh: Mesh = None
+    output: Annotated[pathlib.Path, arg(aliases=["-o"])]
+    """The file."""
+    options: Options = ()
+
+    def run(self) -> int:
+        """Write the file."""
+        return _explain.run_export(self)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Compare:
+    """Rank every legal mesh of hardware that is here or not, compile the best few, and say why the first is first."""
+
+    recipe: Recipe
+    target: Annotated[str, arg(help="Hardware: `v5p-128`, or several, `v5p-64,v5p-128`.")]
+    batch: Annotated[str | None, arg(help="The global batch: tokens, `4M-tokens`, or rows, `1024`.")] = None
+    seq: int | None = None
+    """Tokens of a sequence, if not the recipe's."""
+    tokens: Annotated[str | None, arg(help="To train on, `1T`: for days and cost. By default 20 a parameter.")] = None
+    price: Annotated[str | None, arg(help="Of a chip for an hour: `4.2`, or for each target, `v5e=1.2,v5p=4.2`.")] = (
+        None
+    )
+    compile: int = 4
+    """How many meshes of each target to compile; 0 for none."""
+    json: bool = False
+    """Print the comparison as one JSON object."""
+    html: pathlib.Path | None = None
+    """Also write it here, as one HTML file."""
+
+    def run(self) -> int:
+        """Print the table."""
+        return _compare.run_compare(self)
+
+
 Command = (
     Annotated[Train, subcommand("train")]
     | Annotated[Plan, subcommand("plan")]
     | Annotated[Verify, subcommand("verify")]
+    | Annotated[Explain, subcommand("explain")]
+    | Annotated[Export, subcommand("export")]
+    | Annotated[Compare, subcommand("compare")]
     | Annotated[Doctor, subcommand("doctor")]
 )

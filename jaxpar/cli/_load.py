@@ -30,6 +30,18 @@ def recipe(name: str) -> Recipe:
     Raises:
         StepError: There is no such module or name (the nearest is named), or it is not a recipe.
     """
+    made = named(name)
+    if not isinstance(made, Recipe):
+        raise StepError(f"{name} is {_article(type(made).__name__)}, not a recipe. {_WANTED}")
+    return made
+
+
+def named(name: str) -> Any:
+    """What `MODULE:NAME` names, called if it can be: a recipe, or a step with its arguments, as a tuple.
+
+    Raises:
+        StepError: There is no such module or name, or it is neither.
+    """
     module_name, _, attribute = name.partition(":")
     if not module_name or not attribute:
         raise StepError(f"{name!r} does not name a recipe. Write MODULE:NAME, as in models.gpt:demo.")
@@ -47,13 +59,15 @@ def recipe(name: str) -> Recipe:
             "models.gpt:demo, from the directory that holds it."
         ) from None
     found = _attribute(module, module_name, attribute)
-    wanted = "Name a jp.Recipe, or a function that returns one when called without arguments."
     if callable(found) and not _takes_nothing(found):
-        raise StepError(f"{name} takes arguments. {wanted}")
+        raise StepError(f"{name} takes arguments. {_WANTED}")
     made = found() if callable(found) else found
-    if not isinstance(made, Recipe):
-        raise StepError(f"{name} is {_article(type(made).__name__)}, not a recipe. {wanted}")
-    return made
+    if isinstance(made, Recipe) or (isinstance(made, tuple) and made and callable(made[0])):
+        return made
+    raise StepError(f"{name} is {_article(type(made).__name__)}, not a recipe. {_WANTED}")
+
+
+_WANTED = "Name a jp.Recipe, or a function that returns one when called without arguments."
 
 
 def mesh(said: str | None) -> AnyMesh:

@@ -13,6 +13,7 @@ from .recipes import (
     llama_7b as llama_7b,
     llama_8b as llama_8b,
     llama_13b as llama_13b,
+    llama_34b as llama_34b,
     llama_70b as llama_70b,
     recipe as recipe,
     strategies as strategies,

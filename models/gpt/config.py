@@ -98,6 +98,8 @@ LLAMA_7B = Config(
     bias=False,
 )
 LLAMA_13B = replace(LLAMA_7B, embed_dim=5120, num_layers=40, num_heads=40, num_kv_heads=40, mlp_dim=13_824)
+# The 34B of Llama 2 was not released; Code Llama (Rozière et al., 2023) was trained from it and has its shape.
+LLAMA_34B = replace(LLAMA_7B, embed_dim=8192, num_layers=48, num_heads=64, num_kv_heads=8, mlp_dim=22_016)
 
 # Llama 3 (Dubey et al., 2024); the 1B is 3.2, without its rotary scaling beyond 8,192 positions.
 LLAMA_8B = replace(

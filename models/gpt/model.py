@@ -56,6 +56,11 @@ class GPT(nnx.Module):
         Returns:
             [B, T, D].
         """
+        if tokens.shape[1] > self.cfg.max_positions:
+            raise ValueError(
+                f"a sequence of {tokens.shape[1]} tokens, but the model has max_positions={self.cfg.max_positions}. "
+                "Cut the sequences, or give the model more positions."
+            )
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         if segments is None:
@@ -119,7 +124,7 @@ class Attention(nnx.Module):
         # Not split by name: where there are fewer of these heads than devices, the compiler finds another way.
         k, v = (jp.constrain(heads, "batch", None, None, None) for heads in (k, v))
 
-        mixed = jax.nn.dot_product_attention(q, k, v, mask=visible(positions, segments))  # B T N H
+        mixed = attend(q, k, v, positions, segments)  # B T N H
         mixed = jp.constrain(mixed, "batch", "seq", "heads", None)
         return jp.constrain(self.o(mixed.reshape(batch, seq, -1)), "batch", "seq", "embed")
 
@@ -192,11 +197,39 @@ def rotate(heads: jax.Array, positions: jax.Array, theta: float) -> jax.Array:
     return turned.astype(heads.dtype)
 
 
-def visible(positions: jax.Array, segments: jax.Array) -> jax.Array:
-    """Which keys a query sees, [B, 1, T, T]: of its own segment, those at its own position and before."""
-    earlier = positions[:, :, None] >= positions[:, None, :]
-    same = segments[:, :, None] == segments[:, None, :]
+def attend(q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array, segments: jax.Array) -> jax.Array:
+    """Softmax attention of q [B, T, N, H] over k and v [B, T, K, H]: [B, T, N, H].
+
+    The weights, [B, N, T, T], would outgrow everything else at a few thousand positions. So a long sequence is done
+    `CHUNK` queries at a time, and the backward pass computes each chunk's weights again.
+    """
+
+    def some(queries: tuple[jax.Array, ...]) -> jax.Array:
+        return jax.nn.dot_product_attention(queries[0], k, v, mask=visible(queries[1:], (positions, segments)))
+
+    batch, seq, _, _ = q.shape
+    if seq <= CHUNK or seq % CHUNK:
+        return some((q, positions, segments))
+    chunks = [jnp.moveaxis(x.reshape(batch, seq // CHUNK, CHUNK, *x.shape[2:]), 1, 0) for x in (q, positions, segments)]
+    mixed = jax.lax.map(jax.checkpoint(some), tuple(chunks))  # T/C B C N H
+    return jnp.moveaxis(mixed, 0, 1).reshape(q.shape)
+
+
+def visible(queries: tuple[jax.Array, ...], keys: tuple[jax.Array, ...]) -> jax.Array:
+    """Which keys a query sees, [B, 1, queries, keys]: of its own segment, those at its own position and before.
+
+    Args:
+        queries: Positions and segments of the queries, each [B, queries].
+        keys: Of the keys, each [B, keys].
+    """
+    (at, of), (key_at, key_of) = queries, keys
+    earlier = at[:, :, None] >= key_at[:, None, :]
+    same = of[:, :, None] == key_of[:, None, :]
     return (earlier & same)[:, None]
+
+
+CHUNK = 1024
+"""Queries whose attention weights are held at a time."""
 
 
 _small = nnx.initializers.normal(0.02)

@@ -6,12 +6,15 @@ import json
 import signal
 import types
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
+import jaxpar as jp
 from jaxpar import checkpoint
 from jaxpar._errors import CheckpointError, DataError
 from jaxpar.run import fit
@@ -241,6 +244,33 @@ def test_prefetched_loader(mesh, tmp_path):
     train(tmp_path / "b", 3)
     assert train(tmp_path / "b", 7) == straight
     assert straight[1] == 7
+
+
+def test_an_equinox_recipe(tmp_path):
+    """A model with functions among its leaves trains, is saved and resumed, to the bit."""
+
+    def mean(model, batch):
+        return jnp.mean((jax.vmap(model)(batch["x"]) - 1) ** 2)
+
+    recipe = jp.Recipe(
+        model=lambda: eqx.nn.MLP(8, 8, 32, 2, key=jax.random.key(0)),
+        loss=mean,
+        optimizer=optax.adamw(1e-2),
+        strategies=[jp.FSDP(min_bytes=0)],
+        batch=next(Batches()),
+    )
+
+    def train(directory, steps):
+        program = recipe.on(jax.make_mesh((8,), ("fsdp",), axis_types=(AxisType.Auto,)))
+        return fit(program, Batches(), steps=steps, directory=directory, resume=True, eval_data=[next(Batches())])
+
+    straight = train(tmp_path / "a", 4)
+    train(tmp_path / "b", 2)
+    resumed = train(tmp_path / "b", 4)
+    assert isinstance(resumed.state["model"], eqx.nn.MLP)
+    assert resumed.state["model"].activation is straight.state["model"].activation
+    assert eqx.tree_equal(resumed.state, straight.state)
+    assert straight.metrics["eval/loss"] < straight.metrics["loss"]
 
 
 def test_lines_say_what_is_left(capsys, monkeypatch):

@@ -54,6 +54,7 @@ def batch_of(seed=0):
         ("LLAMA_7B", 6_738_415_616),
         ("LLAMA_8B", 8_030_261_248),
         ("LLAMA_13B", 13_015_864_320),
+        ("LLAMA_34B", 33_743_970_304),
         ("LLAMA_70B", 70_553_706_496),
     ],
 )
@@ -203,7 +204,7 @@ def test_shared_heads_are_repeated_heads():
 def test_visible():
     positions, segments = jnp.array([[0, 1, 0, 1]]), jnp.array([[0, 0, 1, 1]])
     expected = [[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]]
-    np.testing.assert_array_equal(visible(positions, segments)[0, 0].astype(int), expected)
+    np.testing.assert_array_equal(visible((positions, segments), (positions, segments))[0, 0].astype(int), expected)
 
 
 @families

@@ -19,6 +19,7 @@ ALL = [
     "llama_7b",
     "llama_8b",
     "llama_13b",
+    "llama_34b",
     "llama_70b",
 ]
 
