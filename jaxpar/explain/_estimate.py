@@ -28,9 +28,10 @@ from .._plan_text import move_text
 from .._recipe import Program, Recipe
 from .._types import Axes
 from . import _trace
+from ._axes import mesh_axes
 from ._coefficients import Coefficients, bounds, coefficients
 from ._collectives import Row
-from ._explain import mesh_axes
+from ._flops import Flops
 from ._memory import Held, Memory
 from ._report import Report
 from ._spread import Split, Spread

@@ -19,6 +19,7 @@ import numpy as np
 from jax.extend import core as jax_core
 
 from .._birth import no_eager_sharding
+from .._compat import scan_counts
 from .._recipe import Program
 from ._flops import Flops, count
 
@@ -283,7 +284,7 @@ class _Maker:
             return self.block(inner.jaxpr, values, constants, backward=backward)
 
         if name == "scan":
-            num_consts, num_carry = params["num_consts"], params["num_carry"]
+            num_consts, num_carry = scan_counts(params)
             inner = params["jaxpr"]
             values = [_value(var) for var in inner.jaxpr.invars]
             for at, (value, outer) in enumerate(zip(values, inputs, strict=True)):
