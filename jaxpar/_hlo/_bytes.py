@@ -42,7 +42,7 @@ def traffic(program: Program, op: Op) -> float:
     if is_free(op):
         return 0.0
     computation = program.computations.get(op.computation)
-    inner = next((program.computations[name] for name in op.names("calls") if name in program.computations), None)
+    inner = _called(program, op)
     if computation is None:
         return 0.0
     if op.opcode != "fusion" or inner is None:
@@ -52,7 +52,11 @@ def traffic(program: Program, op: Op) -> float:
         made = computation.ops.get(name)
         if made is not None:
             read += _read_of(program, inner, index, made)
-    return read + _written(program, inner, op)
+    return read + _written(inner, op)
+
+
+def _called(program: Program, op: Op) -> Computation | None:
+    return next((program.computations[name] for name in op.names("calls") if name in program.computations), None)
 
 
 def _plain_traffic(computation: Computation, op: Op) -> float:
@@ -81,12 +85,16 @@ def _read_of(program: Program, inner: Computation, index: int, made: Op) -> floa
             total += sum(shape.bytes for shape in user.shapes)
         elif user.opcode == "dynamic-update-slice" and at == 0:
             continue  # in place
+        elif user.opcode == "fusion" and (nested := _called(program, user)) is not None:
+            total += _read_of(program, nested, at, parameter)
+        elif user.opcode == "tuple" or _is_collective(user):
+            continue  # handed on, or sent: links are another account
         else:
             return whole
     return min(total, whole)
 
 
-def _written(program: Program, inner: Computation, op: Op) -> float:
+def _written(inner: Computation, op: Op) -> float:
     """Bytes that a fusion writes: of an update in place only the part."""
     aliased = {int(index or 0) for index in _ALIASED.findall(_alias_text(op))}
     root = inner.ops.get(inner.root)
@@ -102,9 +110,13 @@ def _written(program: Program, inner: Computation, op: Op) -> float:
         if made is not None and made.opcode == "dynamic-update-slice" and len(made.operands) > 1:
             update = inner.ops.get(made.operands[1])
             total += sum(part.bytes for part in update.shapes) if update is not None and _main(shape) else 0
-        elif made is None or made.opcode != "parameter" or index not in aliased:
+        elif made is None or not (_is_collective(made) or (made.opcode == "parameter" and index in aliased)):
             total += _main(shape)
     return total
+
+
+def _is_collective(op: Op) -> bool:
+    return op.opcode.startswith(("all-", "reduce-scatter", "collective-"))
 
 
 _ALIASED = re.compile(r"\{(\d*)\}:\s*\(")

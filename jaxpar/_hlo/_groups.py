@@ -88,6 +88,27 @@ def axes_of(groups: np.ndarray, mesh: MeshAxes) -> tuple[str, ...]:
     return tuple(found) if members == groups.shape[1] else ("?",)
 
 
+def axes_written(attributes: str, flat: MeshAxes) -> MeshAxes | None:
+    """The mesh that replica groups spell with names that people gave, `mesh['fsdp'=16,'tensor'=16]`.
+
+    Axes of 1 are left out. Of a program for one slice of several the slices are a first axis, `slice`.
+    """
+    start = attributes.find("mesh[")
+    if start < 0:
+        return None
+    named = re.findall(r"['\"]([\w.\-]+)['\"]\s*=\s*(\d+)", attributes[start : attributes.find("]", start)])
+    kept = [(name, int(size)) for name, size in named if int(size) > 1]
+    if not kept or any(re.fullmatch(r"_?axis_\d+", name) for name, _ in kept):
+        return None
+    total = int(np.prod([size for _, size in kept], dtype=np.int64))
+    num_slices = len(set(flat.slices)) or 1
+    if total * num_slices == flat.size and num_slices > 1:
+        kept.insert(0, ("slice", num_slices))
+    elif total != flat.size:
+        return None
+    return MeshAxes(names=tuple(name for name, _ in kept), sizes=tuple(size for _, size in kept), slices=flat.slices)
+
+
 def axes_behind(groups: Sequence[np.ndarray], flat: MeshAxes) -> MeshAxes:
     """The coarsest mesh of as many devices of whose axes every one of `groups` is a product.
 
@@ -99,7 +120,7 @@ def axes_behind(groups: Sequence[np.ndarray], flat: MeshAxes) -> MeshAxes:
     cuts = {1, num_devices}
     if num_slices > 1 and num_devices % num_slices == 0:
         cuts.add(num_devices // num_slices)
-    for each in {found.tobytes(): found for found in groups}.values():
+    for each in {(found.shape, found.tobytes()): found for found in groups}.values():
         cuts |= _cuts(np.sort(each[np.argmin(each.min(axis=1))]))
     bounds = [cut for cut in sorted(cuts) if num_devices % cut == 0]
     chain = [bounds[0]]

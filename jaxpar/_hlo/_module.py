@@ -17,7 +17,7 @@ import re
 import numpy as np
 
 from . import _values as values
-from ._groups import MeshAxes, axes_behind, axes_of, groups_of, pairs_of
+from ._groups import MeshAxes, axes_behind, axes_of, axes_written, groups_of, pairs_of
 from ._text import Op, Program, Shape, arrays_in, parse, short_file
 
 KINDS = (
@@ -111,12 +111,19 @@ class Module:
     def axes(self, num_devices: int, slices: tuple[int, ...] = ()) -> MeshAxes:
         """A mesh whose axes are those that the collectives run over, for a program whose mesh is not known.
 
-        Sizes are such that each group is a product of axes; the names are `slice` for what joins several slices, and
-        `x`, `y`, ... outermost first, for the rest.
+        A collective may spell the mesh, names and all. Else sizes are such that each group is a product of axes, and
+        the names are `slice` for what joins several slices, and `x`, `y`, ... outermost first, for the rest.
         """
         flat = MeshAxes(names=("x",), sizes=(num_devices,), slices=slices)
         reader = _Reader(self.program, flat)
-        groups = [found for visit in _walk(self.program) if (found := reader.groups(visit.op)) is not None]
+        groups = []
+        for visit in _walk(self.program):
+            found = reader.groups(visit.op)
+            if found is not None:
+                groups.append(found)
+                written = axes_written(visit.op.attributes, flat)
+                if written is not None:
+                    return written
         return axes_behind(groups, flat)
 
     def trips(self, loop: Op) -> int | None:

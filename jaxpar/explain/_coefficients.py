@@ -11,7 +11,8 @@ from typing import Any
 class Coefficients:
     """One value for each table of `_coefficients.toml`, which says what it is and where it comes from."""
 
-    overlap: float
+    mxu: float
+    estimate: float
     matmul: float
     memory: float
     attention: float
@@ -30,17 +31,27 @@ def coefficients() -> Coefficients:
 
 
 def bounds() -> list[tuple[Coefficients, Coefficients]]:
-    """For each coefficient, all others at their values: the pair that makes a step faster and slower."""
-    middle = coefficients()
+    """Pairs that make a step faster and slower, one for each group of coefficients that are wrong together."""
+    middle, tables = coefficients(), _tables()
     found = []
-    for name, table in _tables().items():
-        ends = [dataclasses.replace(middle, **{name: float(table[end])}) for end in ("low", "high")]
-        found.append((ends[0], ends[1]) if name in _SECONDS else (ends[1], ends[0]))
+    for group in _TOGETHER:
+        ends = {end: {name: float(tables[name][end]) for name in group} for end in ("low", "high")}
+        fast = {name: ends["low" if name in _LENGTHENS else "high"][name] for name in group}
+        slow = {name: ends["high" if name in _LENGTHENS else "low"][name] for name in group}
+        found.append((dataclasses.replace(middle, **fast), dataclasses.replace(middle, **slow)))
     return found
 
 
-_SECONDS = ("hop", "dcn_hop", "launch")
+_LENGTHENS = ("estimate", "hop", "dcn_hop", "launch")
 """Those that lengthen a step as they grow; the others are rates."""
+
+_TOGETHER = (
+    ("mxu", "matmul", "memory", "launch"),
+    ("estimate",),
+    ("attention", "attention_backward"),
+    ("link", "hop"),
+    ("dcn", "dcn_hop", "host"),
+)
 
 
 @ft.cache

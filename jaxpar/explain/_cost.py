@@ -65,18 +65,18 @@ def seconds(cost: Cost, hardware: Hardware, known: Coefficients) -> float:
     """One run."""
     if cost.origin == "cycles":
         estimate = cost.cycles / hardware.chip.clock
-        least = max(
-            cost.flops / cost.peak if cost.peak else 0.0,
-            cost.bytes / hardware.hbm_bandwidth if hardware.hbm_bandwidth else 0.0,
-        )
-        return max(least, estimate - known.overlap * min(least, max(estimate - least, 0.0)))
+        products = cost.flops / (cost.peak * known.mxu) if cost.peak else 0.0
+        return max(products, min(_streamed(cost, hardware, known), estimate), estimate * known.estimate)
     reached = {"attention": known.attention, "attention backward": known.attention_backward}.get(
         cost.kind, known.matmul
     )
     computed = cost.flops / (cost.peak * reached) if cost.peak else 0.0
-    moved = cost.bytes / (hardware.hbm_bandwidth * known.memory) if hardware.hbm_bandwidth else 0.0
     launched = known.launch if hardware.kind == "gpu" else 0.0
-    return max(computed, moved) + launched
+    return max(computed, _streamed(cost, hardware, known)) + launched
+
+
+def _streamed(cost: Cost, hardware: Hardware, known: Coefficients) -> float:
+    return cost.bytes / (hardware.hbm_bandwidth * known.memory) if hardware.hbm_bandwidth else 0.0
 
 
 def _dtype(module: Module, op: Op) -> str:

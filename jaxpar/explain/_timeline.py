@@ -11,6 +11,8 @@ import dataclasses
 import math
 import re
 
+import numpy as np
+
 from .. import _hlo
 from .._hlo import Collective, MeshAxes, Module, Op
 from ._coefficients import Coefficients, bounds, coefficients
@@ -25,7 +27,7 @@ class Event:
     """Something that a device does for a while, or equal things in a row.
 
     Attributes:
-        lane: `"compute"`, or the collective's axes joined by a comma, `"fsdp"`.
+        lane: `"compute"`, the collective's axes joined by a comma (`"fsdp"`), `"to host"` or `"from host"`.
         start: Seconds since the step began.
         seconds: How long, all repetitions together.
         count: Repetitions that are drawn as one: a loop's iterations.
@@ -112,10 +114,9 @@ def predict(module: Module, compiled: Compiled) -> Timeline | None:
     middle = _Run(schedule, coefficients(), record=True)
     middle.all()
     faster, slower = 0.0, 0.0
-    for low, high in bounds():
-        ends = [_Run(schedule, each, record=False).all() for each in (low, high)]
-        faster += min(0.0, ends[0] - middle.now) ** 2
-        slower += max(0.0, ends[1] - middle.now) ** 2
+    for fast, slow in bounds():
+        faster += min(0.0, _Run(schedule, fast, record=False).all() - middle.now) ** 2
+        slower += max(0.0, _Run(schedule, slow, record=False).all() - middle.now) ** 2
     return Timeline(
         step_seconds=middle.now,
         compute_seconds=middle.computing,
@@ -150,15 +151,15 @@ UNNAMED = "devices"
 _Place = tuple[str, str]
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class _Load:
-    """A transfer that an operation starts: a collective, or a copy between memories."""
+    """A transfer that an operation starts: a collective among `groups`, or a copy between memories, without any."""
 
     place: _Place
     kind: str
     bytes: float
     lane: str
-    groups: object = None
+    groups: np.ndarray | None = None
 
 
 class _Schedule:
@@ -173,6 +174,7 @@ class _Schedule:
         self.paths = Paths(each.path for each in compiled.arguments if each.kind in ("parameter", "frozen"))
         self.notes: list[str] = []
         self.costs: dict[_Place, Cost | None] = {}
+        self.named: dict[_Place, str] = {}
         self.timed: dict[str, list[Op]] = {}
         self.counted: dict[_Place, int | None] = {}
         self.loads: dict[_Place, _Load] = {}
@@ -194,6 +196,13 @@ class _Schedule:
             ops = [] if found is None else found.ops.values()
             self.timed[computation] = [op for op in ops if not _hlo.is_free(op)]
         return self.timed[computation]
+
+    def path(self, op: Op) -> str:
+        """Where in the model `op` was made."""
+        place = (op.computation, op.name)
+        if place not in self.named:
+            self.named[place] = self.paths.of(self.module.origin(op)[0]).path
+        return self.named[place]
 
     def trips(self, loop: Op) -> int | None:
         """How often a loop runs its body."""
@@ -224,6 +233,28 @@ class _Schedule:
         )
         self.loads[place] = found
         return found
+
+    def copy(self, op: Op) -> _Load:
+        """The copy between memories that `op` starts."""
+        place = (op.computation, op.name)
+        if place not in self.loads:
+            self.loads[place] = self._copy(op, place)
+        return self.loads[place]
+
+    def _copy(self, op: Op, place: _Place) -> _Load:
+        made = [shape for each in self._operands(op) for shape in each.shapes if shape.dims]
+        arrays = [shape for shape in op.shapes if shape.dims]
+        lane = "memory"
+        if made and made[0].space == _HOST:
+            lane = "to host" if op.opcode.startswith("dynamic-update") else "from host"
+        elif any(shape.space == _HOST for shape in arrays):
+            lane = "to host"
+        moved = min((shape.bytes for shape in (*made, *arrays)), default=0)  # of a slice or an update, the part
+        return _Load(place=place, kind="copy", bytes=float(moved), lane=lane)
+
+    def _operands(self, op: Op) -> list[Op]:
+        ops = self.program.computations[op.computation].ops
+        return [ops[name] for name in op.operands if name in ops]
 
     def carriers(self, computation: str) -> dict[str, list[tuple[str, _Place]]]:
         """For each operation of a computation that holds collectives inside: `(phase, the collective's place)`.
@@ -287,6 +318,7 @@ class _Run:
         self.weight = 1
         self.depth = 0
         self.pending: dict[object, tuple[float, _Load]] = {}
+        self.took: dict[_Place, float] = {}  # by an operation, once reckoned
         self.transfers: dict[_Place, Transfer] = {}
         self.exposed: dict[_Place, float] = {}
         self.ops: dict[_Place, OpTime] = {}
@@ -382,7 +414,7 @@ class _Run:
         elif opcode == "recv":
             return
         elif opcode in ("copy-start", "slice-start", "dynamic-slice-start", "dynamic-update-slice-start"):
-            self._issue(place, self._copy(op))
+            self._issue(place, self.schedule.copy(op))
         elif opcode == "async-start":
             inner = next((each for each in self._inside(op) if self.schedule.load(each)), None)
             load = self.schedule.load(inner) if inner else None
@@ -421,14 +453,15 @@ class _Run:
                 self._expose(load, self._start(load))
 
     def _compute(self, op: Op) -> None:
-        known = self.schedule.cost(op)
-        if known is None:
-            return
-        took = seconds(known, self.schedule.hardware, self.known)
+        place = (op.computation, op.name)
+        took = self.took.get(place)
+        if took is None:
+            known = self.schedule.cost(op)
+            took = 0.0 if known is None else seconds(known, self.schedule.hardware, self.known)
+            self.took[place] = took
         if took <= 0:
             return
-        if self.record:
-            place = (op.computation, op.name)
+        if self.record and (known := self.schedule.cost(op)) is not None:
             earlier = self.ops.get(place)
             self.ops[place] = OpTime(
                 computation=op.computation,
@@ -445,25 +478,12 @@ class _Run:
 
     # Transfers.
 
-    def _copy(self, op: Op) -> _Load:
-        host = any(shape.space == _HOST for shape in op.shapes) or any(
-            shape.space == _HOST for made in self._operands(op) for shape in made.shapes
-        )
-        arrays = [shape.bytes for shape in op.shapes if shape.dims]
-        moved = min(arrays[:2]) if arrays else 0
-        return _Load(
-            place=(op.computation, op.name), kind="copy", bytes=float(moved), lane="host" if host else "memory"
-        )
-
-    def _operands(self, op: Op) -> list[Op]:
-        ops = self.program.computations[op.computation].ops
-        return [ops[name] for name in op.operands if name in ops]
-
     def _start(self, load: _Load) -> float:
         """Put a transfer on its links as soon as they are free; when it ends."""
-        if load.kind == "copy":
+        if load.groups is None:
             chip = self.schedule.hardware
-            rate = chip.chip.pcie * self.known.host if load.lane == "host" else chip.hbm_bandwidth * self.known.memory
+            inside = load.lane == "memory"
+            rate = chip.hbm_bandwidth * self.known.memory if inside else chip.chip.pcie * self.known.host
             took, lanes = (load.bytes / rate if rate else 0.0), [load.lane]
         else:
             transfer = self.transfers.get(load.place)
@@ -522,7 +542,7 @@ class _Run:
         self.now = max(self.now, end)
 
     def _event(self, lane: str, start: float, took: float, name: str, op: Op | None) -> None:
-        path = "" if op is None else self.schedule.paths.of(self.schedule.module.origin(op)[0]).path
+        path = "" if op is None else self.schedule.path(op)
         self.events.append(Event(lane=lane, start=start, seconds=took, count=1, name=name, path=path, depth=self.depth))
 
 

@@ -20,12 +20,16 @@ import dataclasses
 import functools as ft
 import itertools
 import math
+from typing import Any
 
 import numpy as np
 
 from .._hardware import Hardware
 from .._hlo import MeshAxes
 from ._coefficients import Coefficients
+
+_WAYS = ("up", "down")
+"""The two directions of a side: each has links of its own."""
 
 _CORES = 6.0
 """Rate between the two devices of a 7x chip, in links: docs.cloud.google.com/tpu/docs/tpu7x, "six times"."""
@@ -39,7 +43,8 @@ class Transfer:
         seconds: Alone on its links.
         wire_bytes: What one device sends.
         algorithm: In words.
-        lanes: The sides of the slice, or networks, whose links it fills; two transfers share none of these or wait.
+        lanes: The sides and directions of the slice, or networks, whose links it fills; of two transfers that share
+            one, one waits.
     """
 
     seconds: float
@@ -65,11 +70,13 @@ class Fabric:
         hardware: What they are.
         sides: Of one slice.
         places: For each position of the mesh `(slice, place on each side)`.
+        found: How far groups reach, once looked up.
     """
 
     hardware: Hardware
     sides: tuple[Side, ...]
     places: np.ndarray
+    found: dict[object, Any] = dataclasses.field(default_factory=dict)
 
     def transfer(self, kind: str, num_bytes: float, groups: np.ndarray, known: Coefficients) -> Transfer:
         """A collective of `kind` (one of `_hlo.KINDS`) among `groups` of mesh positions, rows of a permute as pairs.
@@ -86,7 +93,7 @@ class Fabric:
         if local:
             seconds, said = self._within(kind, num_bytes, local, around.slices, known)
             words.append(said)
-            lanes |= {f"side {at}" for at, each in enumerate(around.sides) if each.count > 1}
+            lanes |= {f"side {at} {way}" for at, each in enumerate(around.sides) if each.count > 1 for way in _WAYS}
         if around.slices > 1:
             inside = members // around.slices
             seconds += self._between(kind, num_bytes, around.slices, inside, known)
@@ -99,6 +106,12 @@ class Fabric:
 
     def _spread(self, groups: np.ndarray) -> "_Spread":
         """How far the widest of the groups reaches."""
+        key = (groups.shape, groups.tobytes())
+        if key not in self.found:
+            self.found[key] = self._reaches(groups)
+        return self.found[key]
+
+    def _reaches(self, groups: np.ndarray) -> "_Spread":
         sample = groups[: min(len(groups), 64)]
         places = self.places[np.minimum(sample, len(self.places) - 1)]  # (groups, members, 1 + sides)
         slices = max(len(np.unique(group[:, 0])) for group in places)
@@ -150,19 +163,20 @@ class Fabric:
         return twice * (part * (slices - 1) / slices / rate + known.dcn_hop)
 
     def _permute(self, num_bytes: float, pairs: np.ndarray, known: Coefficients) -> Transfer:
-        here, there = self.places[pairs[:, 0]], self.places[pairs[:, 1]]
+        key = ("pairs", pairs.tobytes())
+        if key not in self.found:
+            self.found[key] = self._moves(pairs)
+        across, moves = self.found[key]
         lanes, seconds, words = set(), 0.0, []
-        if (here[:, 0] != there[:, 0]).any():
+        if across:
             seconds = num_bytes / self._dcn(known) + known.dcn_hop
             lanes.add("dcn")
             words.append("between slices")
         link = self._link(known)
-        for at, side in enumerate(self.sides):
-            apart = np.abs(here[:, 1 + at] - there[:, 1 + at])
-            steps = int((np.minimum(apart, side.size - apart) if side.ring else apart).max(initial=0))
+        for at, (side, (steps, ways)) in enumerate(zip(self.sides, moves, strict=True)):
             if steps == 0:
                 continue
-            lanes.add(f"side {at}")
+            lanes |= {f"side {at} {way}" for way in ways}
             if self.hardware.kind == "gpu":
                 seconds = max(seconds, num_bytes / (self.hardware.chip.links * link) + known.hop)
                 words.append("NVLink")
@@ -172,6 +186,18 @@ class Fabric:
         return Transfer(
             seconds=seconds, wire_bytes=round(num_bytes), algorithm=", ".join(words) or "none", lanes=frozenset(lanes)
         )
+
+    def _moves(self, pairs: np.ndarray) -> tuple[bool, list[tuple[int, tuple[str, ...]]]]:
+        """Whether any pair lies in two slices, and on each side the most places that one moves, and which way."""
+        here, there = self.places[pairs[:, 0]], self.places[pairs[:, 1]]
+        moves = []
+        for at, side in enumerate(self.sides):
+            apart = there[:, 1 + at] - here[:, 1 + at]
+            if side.ring:  # the short way round
+                apart = (apart + side.size // 2) % side.size - side.size // 2
+            ways = tuple(way for way, some in zip(_WAYS, (apart > 0, apart < 0), strict=True) if some.any())
+            moves.append((int(np.abs(apart).max(initial=0)), ways))
+        return bool((here[:, 0] != there[:, 0]).any()), moves
 
     def _link(self, known: Coefficients) -> float:
         return max(self.hardware.chip.link * known.link, 1.0)
