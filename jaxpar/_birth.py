@@ -256,22 +256,16 @@ def _stack_blocks(tree: PyTree, pattern: str, policy: str | None) -> None:
 
     from ._stack import Stacked
 
-    lists: dict[tuple[Any, ...], Any] = {}
-    others = []
-    ready = False
-    everything: dict[tuple[Any, ...], Any] = {}
-    for keys, node in nnx.iter_graph(tree):
-        everything[keys] = node
+    everything = dict(nnx.iter_graph(tree))
+    outer = block_lists(tree, pattern)
+    others, ready = [], False
+    for keys, node in everything.items():
         path = _tree.path_of(keys)
-        named = any(fnmatch.fnmatchcase(each, pattern.removesuffix(".*")) for each in (path, f".{path}"))
-        if isinstance(node, Stacked) and named:
+        if isinstance(node, Stacked) and _names(pattern, path):
             _check_own_stack(node, path, policy)
             ready = True
-        elif isinstance(node, nnx.List) and named and path:
-            lists[keys] = node
-        elif isinstance(node, nnx.List | Stacked) and path:
+        elif isinstance(node, nnx.List | Stacked) and path and not _names(pattern, path):
             others.append(path)
-    outer = {keys: node for keys, node in lists.items() if not any(keys[:end] in lists for end in range(len(keys)))}
     if not outer and not ready:
         shown = [f"{path}.*" for path in dict.fromkeys(fold_layers(others))]
         known = f"Lists of modules here: {', '.join(shown)}." if shown else "This model has no nnx.List of modules."
@@ -290,6 +284,23 @@ def _stack_blocks(tree: PyTree, pattern: str, policy: str | None) -> None:
             parent[keys[-1]] = stack
         else:
             setattr(parent, keys[-1], stack)
+
+
+def block_lists(tree: PyTree, pattern: str) -> dict[tuple[Any, ...], Any]:
+    """The nnx lists of blocks that `pattern` names (`blocks.*`), by key path, less those inside another one."""
+    from flax import nnx
+
+    named = {
+        keys: node
+        for keys, node in nnx.iter_graph(tree)
+        if isinstance(node, nnx.List) and keys and _names(pattern, _tree.path_of(keys))
+    }
+    return {keys: node for keys, node in named.items() if not any(keys[:end] in named for end in range(len(keys)))}
+
+
+def _names(pattern: str, path: str) -> bool:
+    """Whether `blocks.*` names the list or stack at `path`."""
+    return any(fnmatch.fnmatchcase(each, pattern.removesuffix(".*")) for each in (path, f".{path}"))
 
 
 def _check_own_stack(stack: Any, path: str, policy: str | None) -> None:

@@ -124,8 +124,8 @@ def check_cluster() -> None:
     if (found := cluster()) and not jax.distributed.is_initialized():
         raise MeshError(
             f"This process is one of several ({found}), and would see only its own devices. Call "
-            "jax.distributed.initialize() before jp.mesh. A process that is meant to work alone says so: "
-            "jp.mesh(devices=jax.local_devices(), ...)."
+            "jax.distributed.initialize() before anything touches a device. A process that is meant to work alone says "
+            "so: jp.mesh(devices=jax.local_devices(), ...)."
         )
 
 

@@ -641,10 +641,12 @@ def _check_rows(batch: PyTree, accumulate: int) -> None:
     wrong = {path: number for path, number in rows.items() if number % accumulate}
     if wrong:
         path, number = next(iter(wrong.items()))
-        below = number // accumulate * accumulate
+        region = _context.current()
+        unit = accumulate * (1 if region is None else region.plan.num_batch_shards)
+        below = number // unit * unit
         raise StepError(
             f"{path or 'batch'}: {number} rows do not divide into accumulate={accumulate} microbatches. Use a batch of "
-            f"{f'{below} or ' if below else ''}{below + accumulate}, or another accumulate."
+            f"{f'{below} or ' if below else ''}{below + unit}, or another accumulate."
         )
 
 

@@ -6,8 +6,8 @@ remat. For nnx modules that is a subclass of each `Variable`'s type, taken on on
 pytrees it is the argument of the loss (`jp.value_and_grad`). The user's own objects never change.
 
 Reading is a cast to the compute dtype on the shard, then the move to the compute spec: a bfloat16 gather costs half of
-a float32 one. Its gradient is cut as the update wants it, which is what lets the compiler reduce-scatter. Reading can be
-differentiated any number of times, forward and backward: see `_Move.tangent`.
+a float32 one. Its gradient is cut as the update wants it, which is what lets the compiler reduce-scatter. Reading can
+be differentiated any number of times, forward and backward: see `_Move.tangent`.
 """
 
 import contextlib
@@ -215,8 +215,9 @@ def gather_others(params: PyTree, gathered: frozenset[str]) -> PyTree:
 
     def one(path: str, leaf: jax.Array) -> jax.Array:
         match = None if path in gathered else region.plan.matcher.match(path, leaf.shape)
-        is_parameter = match is not None and match.record.shape == leaf.shape
-        return _read_part(leaf, Part(match.record, 0), region) if is_parameter else leaf
+        if match is None or match.record.shape != leaf.shape:
+            return leaf
+        return _read_part(leaf, Part(match.record, 0), region)
 
     return flat.build({path: one(path, leaf) for path, leaf in flat.leaves.items()})
 

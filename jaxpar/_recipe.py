@@ -15,11 +15,14 @@ from . import _bound, _mesh, _tree
 from ._bound import BoundPlan
 from ._errors import StepError
 from ._grad import differentiate
+from ._hardware import counted
 from ._planned import gather_others, gathered_by
 from ._precision import Precision, cast
+from ._reduced import FewerLayers, fewer_rows
 from ._step import StepFunction
 from ._strategy import Strategy
 from ._types import AnyMesh, Factory, PyTree
+from .parallel import FSDP
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -119,6 +122,49 @@ class Recipe:
         self._check_batch(plan)
         return Program(recipe=self, plan=plan)
 
+    def reduced(self, *, layers: int | None = None, batch_size: int | None = None) -> "Recipe":
+        """This recipe with fewer layers, a smaller batch, or both: to verify what does not fit one device.
+
+        All that strategies split keeps its size, so that each of them does on the same mesh what it does here. The
+        layers that are left out are never made.
+
+        Args:
+            layers: The most that any stack of equal blocks keeps: a `jp.Stack` of the model, or a list that
+                `FSDP(blocks=...)` names. A model that has neither is made smaller by hand, with `dataclasses.replace`.
+            batch_size: Rows of the global batch, the first ones of arrays.
+
+        Raises:
+            StepError: `batch_size` is not smaller, or `accumulate` does not divide it; nothing is asked for. From `on`,
+                if `layers` changes nothing.
+
+        Example:
+            >>> recipe = jp.Recipe(
+            ...     model=lambda: jp.Stack(lambda rngs: nnx.Linear(8, 8, rngs=rngs), 48, rngs=nnx.Rngs(0)),
+            ...     loss=lambda model, x: jnp.mean(model(x) ** 2),
+            ...     optimizer=optax.adam(1e-3),
+            ...     strategies=[jp.DP()],
+            ...     batch=jax.ShapeDtypeStruct((4096, 8), jnp.float32),
+            ... )
+            >>> program = recipe.reduced(layers=2, batch_size=16).on(jp.mesh(data=-1))
+            >>> program.plan.records["each.kernel"].shape, program.recipe.batch_size
+            ((2, 8, 8), 16)
+        """
+        if layers is None and batch_size is None:
+            raise StepError("recipe.reduced: say what to reduce, layers= or batch_size=.")
+        if layers is not None and layers < 1:
+            raise StepError(f"recipe.reduced: layers is {layers}. Keep at least one.")
+        if batch_size is not None and not 0 < batch_size < self.batch_size:
+            raise StepError(
+                f"recipe.reduced: batch_size is {batch_size}, and the recipe's batch has {self.batch_size} rows. Give "
+                "fewer than that, and at least one, or leave it out."
+            )
+        blocks = tuple(each.blocks for each in self.strategies if isinstance(each, FSDP) and each.blocks is not None)
+        return dataclasses.replace(
+            self,
+            model=self.model if layers is None else FewerLayers(self.model, layers, blocks),
+            batch=self.batch if batch_size is None else fewer_rows(self.batch, batch_size),
+        )
+
     def transform(self) -> Any:
         """The optimiser, behind the clipping."""
         if self.clip_norm is None:
@@ -168,7 +214,8 @@ class Program:
         shards, accumulate = self.plan.num_batch_shards, self.recipe.accumulate
         each = self.recipe.batch_size // shards // accumulate
         total = self.recipe.batch_size
-        return f"global batch {total} = {each} per device x {accumulate} microbatches x {shards} batch shards"
+        micro = f"{accumulate} microbatch{'' if accumulate == 1 else 'es'}"
+        return f"global batch {total} = {each} per device x {micro} x {counted(shards, 'batch shard')}"
 
     def init(self) -> dict[str, Any]:
         """The state to train: `{"model", "optimizer"}`, every array born where the plan wants it.

@@ -8,6 +8,7 @@ from `FSDP(blocks="blocks.*")`, which puts a `Stack` where the model's own list 
 and the calls, which must chain, run as one scan.
 """
 
+import contextlib
 import dataclasses
 import functools as ft
 import types
@@ -170,8 +171,36 @@ class Stack(Stacked):
         check_remat(remat)
         if num < 1:
             raise StepError(f"jp.Stack: num is {num}. A stack has at least one block.")
+        num = _shortened(num)
         make_all = nnx.vmap(make_block, in_axes=0, out_axes=0, transform_metadata={nnx.PARTITION_NAME: "layers"})
         super().__init__(make_all(rngs.split(num)), num, remat)
+
+
+_limit = jax.make_user_context(None)  # part of JAX's trace-cache key: a factory may be jitted
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Limit:
+    """The most layers that a `Stack` made while `limited` gets; `asked` is how many each wanted."""
+
+    layers: int
+    asked: list[int] = dataclasses.field(default_factory=list)
+
+
+@contextlib.contextmanager
+def limited(layers: int) -> Iterator[Limit]:
+    """While this lasts, a new `Stack` has at most `layers` layers: the others are never made, not even traced."""
+    limit = Limit(layers)
+    with _limit(limit):
+        yield limit
+
+
+def _shortened(num: int) -> int:
+    limit = _limit.value
+    if limit is None:
+        return num
+    limit.asked.append(num)
+    return min(num, limit.layers)
 
 
 class _Layer:

@@ -390,8 +390,9 @@ class StepFunction:
                 math.prod(self.plan.local_shape(each.shape, each.compute)) * each.dtype.itemsize for each in whole
             )
             region.notes.append(
-                f"gathered whole, all layers at once, {bytes_text(size)} a device: {_few([each.path for each in whole])}. "
-                "To hold one layer at a time, call jp.gather(layer) in the body of the scan over them, and jp.remat it"
+                f"gathered whole, all layers at once, {bytes_text(size)} a device: "
+                f"{_few([each.path for each in whole])}. To hold one layer at a time, call jp.gather(layer) in the "
+                "body of the scan over them, and jp.remat it"
             )
         if twice:
             self._warn(region, f"gathered, and then gathered again: {_few(twice)}. Call jp.gather once for each use")

@@ -11,6 +11,8 @@ from typing import Any
 
 from jax.extend import core as jax_core
 
+from ._compat import scan_counts
+
 UNMAPPABLE = {"conv_general_dilated": "a convolution", "ragged_dot": "ragged_dot", "ragged_dot_general": "ragged_dot"}
 RANDOM = ("random_bits", "threefry2x32", "rng_bit_generator")
 
@@ -93,12 +95,12 @@ def kept_by_scans(jaxpr: Any, tag: str) -> bool:
     """Whether a scan hands out, of each of its rounds, what comes from an input and has the name `tag` inside."""
     found = []
 
-    def meet(eqn: Any, given: set[Any]) -> set[Any] | None:
+    def meet(eqn: Any, _: set[Any]) -> set[Any] | None:
         return {tag} if _is_tag(eqn, tag) else None
 
     def leave(eqn: Any, outputs: list[set[Any]]) -> None:
         if eqn.primitive.name == "scan":
-            found.extend(tag in each for each in outputs[eqn.params["num_carry"] :])
+            found.extend(tag in each for each in outputs[scan_counts(eqn.params)[1] :])
 
     _follow(jaxpr, [{"input"} for _ in jaxpr.invars], meet, leave)
     return any(found)
@@ -181,6 +183,13 @@ def _subs(eqn: Any) -> list[Any]:
             elif isinstance(each, jax_core.Jaxpr):
                 found.append(each)
     return found
+
+
+def bytes_made(jaxpr: Any) -> int:
+    """Bytes of all that `jaxpr` computes on the way, a loop's rounds in one place: no less than it holds at once."""
+    made = [var.aval for eqn in jaxpr.eqns for var in eqn.outvars if hasattr(var.aval, "size")]
+    inside = sum(bytes_made(sub) for eqn in jaxpr.eqns for sub in _subs(eqn))
+    return sum(each.size * each.dtype.itemsize for each in made) + inside
 
 
 def find(jaxpr: Any, names: Any) -> str | None:

@@ -2,19 +2,20 @@
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from . import _calls, _mesh, _tree
+from . import _calls, _mesh, _traits, _tree
 from ._bound import BoundPlan
 from ._errors import ShardingError, StepError
+from ._grad import differentiate
 from ._plan_text import bytes_text
 from ._precision import Precision
-from ._recipe import Program, Recipe
+from ._recipe import Program, Recipe, is_graph_plan
 from ._step import StepFunction
 from ._types import PyTree
 from .parallel import DP
@@ -53,7 +54,8 @@ def verify(step: Any, *args: Any) -> Comparison:
         The table: prints itself, `.ok`, `.worst`, and `.check()`, which raises if a leaf fails.
 
     Raises:
-        ShardingError: The step does not fit one device, with the bytes.
+        ShardingError: The step does not fit one device, with the bytes; and for a `Program` a smaller one that does, by
+            `recipe.reduced(...)`.
         StepError: It is not a step, or this process is one of several.
 
     Example:
@@ -87,7 +89,7 @@ def verify(step: Any, *args: Any) -> Comparison:
 
 
 def _verify_program(program: Program, batch: PyTree | None = None) -> Comparison:
-    _check_fits(program.plan, (program.plan.birth.shapes, program.recipe.batch))
+    _check_program_fits(program)
     recipe = program.recipe
     strategies = [_in_full(each, "float32") for each in recipe.strategies]
     recipe = dataclasses.replace(recipe, precision=_full_precision(program.plan.precision), strategies=strategies)
@@ -109,8 +111,11 @@ def _verify_program(program: Program, batch: PyTree | None = None) -> Comparison
 def _verify_step(plan: BoundPlan, function: Callable[..., Any], args: tuple[Any, ...]) -> Comparison:
     args = tuple(_with_arrays(arg) for arg in args)
     _check_fits(plan, args)
-    leaves, treedef = jax.tree.flatten(args, is_leaf=lambda each: _tree.is_graph_node(each) or _is_train_state(each))
-    optimizers = _optimizers(leaves)
+    is_leaf = lambda each: _tree.is_graph_node(each) or _is_train_state(each)
+    with_keys, treedef = jax.tree_util.tree_flatten_with_path(args, is_leaf=is_leaf)
+    leaves = [leaf for _, leaf in with_keys]
+    names = _calls.argument_names(function)
+    optimizers = _optimizers(leaves, [_named(_tree.path_of(keys), names) for keys, _ in with_keys])
     if not optimizers:
         return _hidden(plan, function, args)
     recording = [optimizers[index].recording if index in optimizers else leaf for index, leaf in enumerate(leaves)]
@@ -122,7 +127,7 @@ def _verify_step(plan: BoundPlan, function: Callable[..., Any], args: tuple[Any,
             table = _with_note(
                 table, f"updates are not compared, since the optimiser takes more than gradients: {error}"
             )
-    return table
+    return dataclasses.replace(table, rows=tuple(_worst_of_each(table.rows)))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -134,12 +139,14 @@ class _Optimizer:
         apply: One update, `apply(*args, gradients)`, with gradients by path.
         args: What `apply` takes first.
         params: The parameters it updates, by path.
+        names: What the step calls `args`.
     """
 
     recording: Any
     apply: Callable[..., Any]
     args: tuple[Any, ...]
     params: dict[str, Any]
+    names: tuple[str, ...] = ()
 
 
 class Kept(NamedTuple):
@@ -152,7 +159,7 @@ def _recorded(plan: BoundPlan, function: Callable[..., Any], args: PyTree, *, se
     """A step whose optimisers only record: outputs, gradients by parameter, and what else it changes."""
     table = _runs(plan, function, args)
     names = _calls.argument_names(function)
-    rows: dict[tuple[str, str], Row] = {}
+    rows = []
     for row in table.rows:
         head, _, kept = row.path.partition(".kept.")
         if kept:
@@ -164,9 +171,18 @@ def _recorded(plan: BoundPlan, function: Callable[..., Any], args: PyTree, *, se
             new = dataclasses.replace(row, path=_named(row.path, names))
         else:
             new = row
-        rows[new.group, new.path] = max(new, rows.get((new.group, new.path), new), key=lambda each: each.share)
+        rows.append(new)
     order = ("outputs", "gradients", "updates")
-    return dataclasses.replace(table, rows=tuple(sorted(rows.values(), key=lambda row: order.index(row.group))))
+    rows = sorted(_worst_of_each(rows), key=lambda row: order.index(row.group))
+    return dataclasses.replace(table, rows=tuple(rows))
+
+
+def _worst_of_each(rows: Iterable[Row]) -> list[Row]:
+    """One row for each leaf: what two runs compare, or a step returns twice, counts once, at its worst."""
+    worst: dict[tuple[str, str], Row] = {}
+    for row in rows:
+        worst[row.group, row.path] = max(row, worst.get((row.group, row.path), row), key=lambda each: each.share)
+    return list(worst.values())
 
 
 def _updates(plan: BoundPlan, optimizer: _Optimizer) -> Comparison:
@@ -177,7 +193,7 @@ def _updates(plan: BoundPlan, optimizer: _Optimizer) -> Comparison:
     }
     gradients = jax.device_put(values, plan.shardings(values))
     table = _runs(plan, optimizer.apply, (*optimizer.args, gradients), reads=False)
-    names = _calls.argument_names(optimizer.apply)
+    names = optimizer.names
     rows = [
         dataclasses.replace(row, group="updates", path=_named(row.path, names) if row.group == "updates" else row.path)
         for row in table.rows
@@ -237,7 +253,7 @@ def _with_note(table: Comparison, note: str) -> Comparison:
     return dataclasses.replace(table, notes=(*table.notes, note))
 
 
-def _optimizers(leaves: list[Any]) -> dict[int, _Optimizer]:
+def _optimizers(leaves: list[Any], names: list[str]) -> dict[int, _Optimizer]:
     """The optimisers among a step's arguments, by position: `nnx.Optimizer`s, and Flax's `TrainState`s."""
     found = {}
     for index, leaf in enumerate(leaves):
@@ -246,7 +262,8 @@ def _optimizers(leaves: list[Any]) -> dict[int, _Optimizer]:
         elif _is_optimizer(leaf):
             model = _model_of(leaf, leaves)
             if model is not None:
-                found[index] = _of_module(model, leaf)
+                at = next(at for at, each in enumerate(leaves) if each is model)
+                found[index] = _of_module(model, leaf, (names[at], names[index]))
     return found
 
 
@@ -258,7 +275,7 @@ def _is_optimizer(node: Any) -> bool:
     return _tree.is_graph_node(node) and hasattr(node, "tx") and hasattr(node, "wrt")
 
 
-def _of_module(model: Any, optimizer: Any) -> _Optimizer:
+def _of_module(model: Any, optimizer: Any, names: tuple[str, str]) -> _Optimizer:
     from flax import nnx
 
     def apply(model: Any, optimizer: Any, gradients: dict[str, Any]) -> None:
@@ -271,6 +288,7 @@ def _of_module(model: Any, optimizer: Any) -> _Optimizer:
         apply=apply,
         args=(model, optimizer),
         params=_trained_by(optimizer, model),
+        names=names,
     )
 
 
@@ -385,17 +403,111 @@ def _filled(batch: PyTree, plan: BoundPlan) -> PyTree:
 
 def _check_fits(plan: BoundPlan, args: PyTree) -> None:
     """Refuse what one device cannot hold."""
-    held = sum(
-        math.prod(leaf.shape) * leaf.dtype.itemsize
-        for arg in args
-        for leaf in _tree.leaves(arg).values()
-        if hasattr(leaf, "dtype")
-    )
-    memory = _mesh.hardware_of(plan.mesh).memory
+    held = sum(_bytes_of(arg) for arg in args)
+    memory = _memory(plan)
     if memory and COPIES * held > memory:
         raise ShardingError(
-            f"verifying needs about {bytes_text(COPIES * held)} on one device ({bytes_text(held)} of state and batch, "
-            f"in float32 and float64, and the results), which has {bytes_text(memory)}. Verify a reduced recipe, with "
-            "fewer layers, narrower ones and a smaller batch, on the same mesh and strategies: what is wrong there is "
-            "wrong here."
+            f"verifying needs at least {bytes_text(COPIES * held)} on one device ({COPIES} times {bytes_text(held)} of "
+            f"state and batch: in float32 and float64, and the results), which has {bytes_text(memory)}. Verify a "
+            "smaller model, with fewer layers, narrower ones and a smaller batch, on the same mesh and strategies: "
+            "what is wrong there is wrong here. A jp.Recipe makes one of itself: recipe.reduced(layers=2, "
+            "batch_size=...)."
         )
+
+
+def _check_program_fits(program: Program) -> None:
+    """Refuse what one device cannot hold, naming a smaller program that it can."""
+    memory = _memory(program.plan)
+    if not memory:
+        return
+    needs = _needs(program, memory)
+    if needs.total > memory:
+        raise ShardingError(f"verifying needs {needs}, which has {bytes_text(memory)}. {_smaller(program, memory)}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Needs:
+    """What verifying a program takes of one device.
+
+    Attributes:
+        held: Bytes of state and batch in float32.
+        working: Bytes of activations in float64; `None` if `held` alone is too much.
+    """
+
+    held: int
+    working: int | None
+
+    @property
+    def total(self) -> int:
+        return COPIES * self.held + (self.working or 0)
+
+    def __str__(self) -> str:
+        state = f"{COPIES} times {bytes_text(self.held)} of state and batch: in float32 and float64, and the results"
+        if self.working is None:
+            return f"at least {bytes_text(self.total)} on one device ({state})"
+        return f"about {bytes_text(self.total)} on one device ({state}; {bytes_text(self.working)} of activations)"
+
+
+def _needs(program: Program, memory: int) -> _Needs:
+    plan, recipe = program.plan, program.recipe
+    records = [*plan.records.values(), *(plan.optimizer_records or {}).values()]
+    held = sum(record.num_bytes for record in records) + _bytes_of(recipe.batch)
+    if COPIES * held > memory:
+        return _Needs(held=held, working=None)
+
+    def reference(leaves: dict[str, Any], batch: PyTree) -> Any:
+        found = differentiate(
+            recipe.loss,
+            plan.birth.build(leaves),
+            batch,
+            accumulate=recipe.accumulate,
+            has_aux=recipe.has_aux,
+            weight=recipe.weight,
+            separable=recipe.separable,
+        )
+        return found.value, _tree.leaves(found.gradients)
+
+    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(np.shape(leaf), leaf.dtype), recipe.batch)
+    traced = jax.jit(reference).trace(plan.birth.shapes, shapes)
+    working = 2 * _traits.bytes_made(traced.jaxpr.jaxpr)  # at most: all of it at once
+    if COPIES * held + working > memory:
+        found = traced.lower().compile().memory_analysis()
+        working = working if found is None else 2 * found.temp_size_in_bytes
+    return _Needs(held=held, working=working)
+
+
+def _smaller(program: Program, memory: int) -> str:
+    """A reduced recipe that fits, as what to type; or what even the smallest needs."""
+    recipe, plan = program.recipe, program.plan
+    rows = plan.num_batch_shards * recipe.accumulate
+    batch = {"batch_size": rows} if rows < recipe.batch_size else {}
+    is_graph = is_graph_plan(plan)
+    depth = max((record.shape[0] for record in plan.records.values() if record.layers and is_graph), default=0)
+    choices = [batch, *({"layers": layers, **batch} for layers in (2, 1) if layers < depth)]
+    smallest = ""
+    for choice in filter(None, choices):
+        needs = _needs(recipe.reduced(**choice).on(plan.mesh), memory)
+        said = ", ".join(f"{name}={value}" for name, value in choice.items())
+        typed = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in choice.items())
+        if needs.total <= memory:
+            return (
+                "Verify a smaller one, on the same mesh and strategies, for what is wrong there is wrong here: "
+                f"jp.verify(recipe.reduced({said}).on(mesh)), or jaxpar verify ... {typed}. It needs "
+                f"{bytes_text(needs.total)}."
+            )
+        smallest = f"Even recipe.reduced({said}) needs {bytes_text(needs.total)}. "
+    return (
+        f"{smallest}Verify a narrower model, on the same mesh and strategies, for what is wrong there is wrong here: "
+        "dataclasses.replace(recipe, model=...)."
+        + ("" if depth else " It has no jp.Stack, and no FSDP(blocks=...), whose layers could be fewer.")
+    )
+
+
+def _memory(plan: BoundPlan) -> int:
+    """Bytes that one device may use; simulated ones share the memory of the host, and one of them may have it all."""
+    hardware = _mesh.hardware_of(plan.mesh)
+    return hardware.memory * (hardware.num_devices if hardware.kind == "cpu" else 1)
+
+
+def _bytes_of(tree: PyTree) -> int:
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in _tree.leaves(tree).values())

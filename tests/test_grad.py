@@ -377,7 +377,7 @@ def test_rejects_aux_that_cannot_be_averaged():
 def test_rejects_a_batch_that_does_not_divide():
     message = failing(weighted, accumulate=5)
     assert message == (
-        "sample: 48 rows do not divide into accumulate=5 microbatches. Use a batch of 45 or 50, or another accumulate."
+        "sample: 48 rows do not divide into accumulate=5 microbatches. Use a batch of 40 or 60, or another accumulate."
     )
     message = failing(weighted, accumulate=4, data=batch(24), axes=DATA, chosen=[jp.DP()])
     assert message == (

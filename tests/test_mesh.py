@@ -511,7 +511,7 @@ def test_mesh_before_the_cluster(variables, evidence, monkeypatch):
 
     assert message(fsdp=-1) == (
         f"This process is one of several ({evidence}), and would see only its own devices. Call "
-        "jax.distributed.initialize() before jp.mesh. A process that is meant to work alone says so: "
+        "jax.distributed.initialize() before anything touches a device. A process that is meant to work alone says so: "
         "jp.mesh(devices=jax.local_devices(), ...)."
     )
     with pytest.raises(MeshError, match=r"^simulate\(8\): this process belongs to a cluster"):

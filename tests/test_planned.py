@@ -103,9 +103,7 @@ def test_accumulation_reduces_in_both_loops():
     assert found["all-gather", 2] == 2 * 2 * 2 * L
     assert found["reduce-scatter", 2] == 2 * 2 * L
     step(*args)
-    assert step.notes[1:] == (
-        "gathered one layer at a time, where the loss calls jp.gather: blocks.down, blocks.up",
-    )
+    assert step.notes[1:] == ("gathered one layer at a time, where the loss calls jp.gather: blocks.down, blocks.up",)
 
 
 def test_frozen_layers_are_gathered_too():
@@ -155,9 +153,10 @@ def test_outside_of_a_plan_it_is_identity():
 def test_layers_that_are_gathered_whole_are_noted(caplog):
     step, args = stepped(WHOLE)
     step(*args)
-    assert step.notes == (
+    (note,) = step.notes
+    assert note == (
         "gathered whole, all layers at once, 384.0 KiB a device: blocks.down, blocks.up. To hold one layer at a time, "
-        "call jp.gather(layer) in the body of the scan over them, and jp.remat it",
+        "call jp.gather(layer) in the body of the scan over them, and jp.remat it"
     )
     assert not caplog.records
 

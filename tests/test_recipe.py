@@ -112,6 +112,7 @@ def test_a_program_says_its_batch_and_precision(clipped):
     shards = program.plan.num_batch_shards
     text = str(program)
     assert f"global batch 16 = {16 // shards // 2} per device x 2 microbatches x {shards} batch shards" in text
+    assert "= 16 per device x 1 microbatch x 1 batch shard\n" in str(make().on(programs.mesh(tensor=8)))
     assert "precision: parameters as given, compute as stored, reduce float32, output as computed" in text
 
 
@@ -274,3 +275,91 @@ def test_rejects_a_batch_that_the_mesh_does_not_divide():
         "batch of 32, or another accumulate or mesh."
     )
     assert recipe.on(programs.mesh(fsdp=4, tensor=2)).plan.num_batch_shards == 4
+
+
+# ---- a smaller recipe
+
+
+def deep(**strategy):
+    """Six blocks, with dropout: whether scanned by a stack of the model's own, or by FSDP."""
+
+    def make_block(rngs):
+        return nnx.Linear(D, D, rngs=rngs)
+
+    def make_model():
+        rngs = nnx.Rngs(0)
+        blocks = nnx.List([make_block(rngs) for _ in range(6)]) if strategy else jp.Stack(make_block, 6, rngs=rngs)
+        return nnx.Dict(blocks=blocks, head=nnx.Linear(D, D, rngs=rngs))
+
+    return make(model=make_model, strategies=[jp.FSDP(**strategy)])
+
+
+@pytest.mark.parametrize("strategy", [{}, {"blocks": "blocks.*"}], ids=["stack", "list"])
+def test_fewer_layers_are_made(strategy):
+    """Those left out are neither planned nor made: the compiler holds less from the start. All else is as it was."""
+    whole, few = (recipe.on(programs.mesh(fsdp=8)) for recipe in (deep(**strategy), deep(**strategy).reduced(layers=2)))
+    stacked = {path: record.shape for path, record in few.plan.records.items()}
+    assert stacked["blocks.each.kernel"] == (2, D, D)
+    for path, record in whole.plan.records.items():
+        other = few.plan.records[path]
+        assert dataclasses.replace(other, shape=record.shape, reasons=record.reasons) == record
+    sizes = [
+        jax.jit(each.plan.birth.make).lower().compile().memory_analysis().temp_size_in_bytes for each in (whole, few)
+    ]
+    assert sizes[1] < sizes[0] / 2
+    assert few.init()["model"].blocks.each.kernel.shape == (2, D, D)
+
+
+def test_fewer_layers_of_a_jitted_factory():
+    """JAX keeps the trace of the whole model, and of the smaller one too."""
+    make_model = nnx.jit(lambda: jp.Stack(lambda rngs: nnx.Linear(D, D, rngs=rngs), 6, rngs=nnx.Rngs(0)))
+    whole = make(model=make_model, strategies=[jp.FSDP()])
+    for recipe, layers in ((whole, 6), (whole.reduced(layers=2), 2), (whole, 6)):
+        assert recipe.on(programs.mesh(fsdp=8)).plan.records["each.kernel"].shape == (layers, D, D)
+
+
+def test_a_smaller_batch():
+    shapes = {"x": jax.ShapeDtypeStruct((ROWS, D), jnp.float32), "rate": jnp.float32(3)}
+    small = make(batch=shapes).reduced(batch_size=8)
+    assert small.batch == {"x": jax.ShapeDtypeStruct((8, D), jnp.float32), "rate": jnp.float32(3)}
+    arrays = make().reduced(batch_size=8)
+    np.testing.assert_array_equal(arrays.batch["x"], batch()["x"][:8])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({}, "recipe.reduced: say what to reduce, layers= or batch_size=."),
+        ({"layers": 0}, "recipe.reduced: layers is 0. Keep at least one."),
+        (
+            {"batch_size": 16},
+            (
+                "recipe.reduced: batch_size is 16, and the recipe's batch has 16 rows. Give fewer than that, and at "
+                "least one, or leave it out."
+            ),
+        ),
+        (
+            {"batch_size": 3},
+            "Recipe: a batch of 3 does not divide into accumulate=2 microbatches. Use a batch of 2 or 4.",
+        ),
+        (
+            {"layers": 6},
+            "recipe.reduced(layers=6): the model has 6 already. Leave layers out, or give fewer.",
+        ),
+    ],
+    ids=str,
+)
+def test_rejects_a_reduction_of_nothing(settings, message):
+    with pytest.raises(jp.StepError) as error:
+        dataclasses.replace(deep(), accumulate=2).reduced(**settings).on(programs.mesh(fsdp=8))
+    assert str(error.value) == message
+
+
+def test_rejects_layers_of_a_model_that_has_no_equal_ones():
+    with pytest.raises(jp.StepError) as error:
+        make().reduced(layers=2).on(programs.mesh(data=8))
+    assert str(error.value) == (
+        "recipe.reduced(layers=2): nothing says which layers of this model are equal: it has no jp.Stack, and no "
+        "FSDP(blocks=...) names a list of blocks. Build a smaller one: dataclasses.replace(recipe, model=lambda: "
+        "Model(...))."
+    )

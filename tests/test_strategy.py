@@ -170,10 +170,10 @@ def test_all_failing_leaves_are_named_at_once_and_folded_over_layers():
         "of 2 (62 or 64 here), or another size of axis 'tensor', or leave this leaf out of TP's patterns. (And so for "
         "2 other layers.)\n"
         "blocks.0.o.kernel: no dim of (63, 63) divides by axis 'fsdp' of size 4. Use a multiple of 4 (60 or 64 here), "
-        "or another size of axis 'fsdp', or leave it whole: FSDP(whole=[\"blocks.0.o.kernel\"]). (And so for 2 other "
+        "or another size of axis 'fsdp', or leave it whole: FSDP(whole=[\"blocks.*.o.kernel\"]). (And so for 2 other "
         "layers.)\n"
         "blocks.0.q.kernel: no dim of (63, 63) divides by axis 'fsdp' of size 4. Use a multiple of 4 (60 or 64 here), "
-        "or another size of axis 'fsdp', or leave it whole: FSDP(whole=[\"blocks.0.q.kernel\"]). (And so for 2 other "
+        "or another size of axis 'fsdp', or leave it whole: FSDP(whole=[\"blocks.*.q.kernel\"]). (And so for 2 other "
         "layers.)"
     )
 

@@ -12,6 +12,7 @@ from flax import nnx
 from flax.training.train_state import TrainState
 
 import jaxpar as jp
+from jaxpar import _mesh
 
 X = np.random.default_rng(0).normal(size=(16, 64)).astype(np.float32)
 
@@ -72,7 +73,7 @@ def test_a_right_step_passes_and_nothing_changes():
     params = {f"{layer}.{leaf}" for layer in ("up", "down") for leaf in ("kernel", "bias")}
     assert paths(found, "gradients") == params
     assert {f"model.{path}" for path in params} < paths(found, "updates")
-    assert {f"optimizer.opt_state.0.nu.{path}" for path in params} < paths(found, "updates")
+    assert {f"opt.opt_state.0.nu.{path}" for path in params} < paths(found, "updates")
     np.testing.assert_array_equal(before, model.up.kernel[...])
     assert "float64 on one device" in str(found)
 
@@ -304,18 +305,95 @@ def test_a_recipe_has_no_mesh():
         jp.verify(recipe())
 
 
-def test_what_does_not_fit_is_refused_before_anything_runs(monkeypatch):
-    program = recipe().on(jp.mesh(data=8))
-    from jaxpar import _mesh
+class Deep(nnx.Module):
+    def __init__(self, rngs):
+        self.blocks = jp.Stack(lambda rngs: nnx.Linear(64, 64, rngs=rngs), 40, rngs=rngs)
 
-    small = dataclasses.replace(_mesh.hardware_of(program.plan.mesh).chip, memory=1000)
-    hardware = dataclasses.replace(_mesh.hardware_of(program.plan.mesh), chip=small)
-    monkeypatch.setattr(_mesh, "hardware_of", lambda mesh: hardware)
-    with pytest.raises(
-        jp.ShardingError, match=r"verifying needs about .* KiB on one device .* which has 1000 B"
-    ) as error:
-        jp.verify(program)
-    assert "Verify a reduced recipe" in str(error.value)
+    def __call__(self, x):
+        return self.blocks(x)
+
+
+class Listed(nnx.Module):
+    """The same as a list, which `FSDP(blocks=...)` stacks."""
+
+    def __init__(self, rngs):
+        self.blocks = nnx.List([nnx.Linear(64, 64, rngs=rngs) for _ in range(40)])
+
+    def __call__(self, x):
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+@pytest.fixture
+def memory(monkeypatch):
+    """Sets how much a host of eight devices has."""
+
+    def host_of(num_bytes):
+        hardware = _mesh.hardware_of(jp.mesh(data=8))
+        chip = dataclasses.replace(hardware.chip, memory=num_bytes // 8)
+        monkeypatch.setattr(_mesh, "hardware_of", lambda mesh: dataclasses.replace(hardware, chip=chip))
+
+    return host_of
+
+
+BIG = jax.ShapeDtypeStruct((4096, 64), jnp.float32)
+
+
+@pytest.mark.parametrize(
+    ("changes", "num_bytes", "needs", "choice"),
+    [
+        # A parameter is held with Adam's two slots, six times over: 40 layers of 16,640 bytes are 11.4 MiB.
+        ({"model": lambda: Deep(nnx.Rngs(0))}, 6 << 20, "at least 11.4 MiB", {"layers": 2, "batch_size": 8}),
+        (
+            {"model": lambda: Listed(nnx.Rngs(0)), "strategies": [jp.FSDP(blocks="blocks.*")]},
+            6 << 20,
+            "at least 11.4 MiB",
+            {"layers": 2, "batch_size": 8},
+        ),
+        ({"batch": BIG}, 12 << 20, "about ", {"batch_size": 8}),  # its activations are too many
+        (
+            {"model": lambda: Deep(nnx.Rngs(0)), "batch": BIG, "accumulate": 4},
+            14 << 20,
+            "at least 17.4 MiB",
+            {"batch_size": 32},
+        ),
+    ],
+    ids=["stack", "list", "batch", "accumulate"],
+)
+def test_what_does_not_fit_is_refused_with_a_call_that_does(changes, num_bytes, needs, choice, memory):
+    whole = recipe(**changes)
+    axis = "fsdp" if isinstance(whole.strategies[0], jp.FSDP) else "data"
+    memory(num_bytes)
+    with pytest.raises(jp.ShardingError) as error:
+        jp.verify(whole.on(jp.mesh(**{axis: 8})))
+    assert f"verifying needs {needs}" in str(error.value)
+    said = ", ".join(f"{name}={value}" for name, value in choice.items())
+    assert f"jp.verify(recipe.reduced({said}).on(mesh)), or jaxpar verify ... --" in str(error.value)
+    found = jp.verify(whole.reduced(**choice).on(jp.mesh(**{axis: 8})))
+    assert found.ok
+    assert len(paths(found, "gradients")) >= 2
+
+
+def test_what_cannot_be_made_small_enough_is_said(memory):
+    memory(1000)
+    with pytest.raises(jp.ShardingError) as error:
+        jp.verify(recipe(model=lambda: Deep(nnx.Rngs(0))).on(jp.mesh(data=8)))
+    assert "which has 1000 B. Even recipe.reduced(layers=1, batch_size=8) needs " in str(error.value)
+    with pytest.raises(jp.ShardingError) as error:
+        jp.verify(recipe().on(jp.mesh(data=8)))
+    assert str(error.value).endswith(
+        "dataclasses.replace(recipe, model=...). It has no jp.Stack, and no FSDP(blocks=...), whose layers could be "
+        "fewer."
+    )
+
+
+def test_a_step_that_does_not_fit_is_refused(memory):
+    plan = planned(jp.DP(), data=8)
+    train_step, model, opt = stepped(plan, optax.adamw(1e-3))
+    memory(1000)
+    with pytest.raises(jp.ShardingError, match=r"at least .* MiB on one device .* which has 1000 B\. Verify a smaller"):
+        jp.verify(train_step, model, opt, plan.batch(X))
 
 
 def test_only_steps_can_be_verified():

@@ -310,9 +310,10 @@ def _check_same(path: pathlib.Path, saved: Mapping[str, str], here: Mapping[str,
         if saved.get(name) != here.get(name)
     ]
     if lines:
+        differ = "1 leaf differs" if len(lines) == 1 else f"{len(lines)} leaves differ"
         raise CheckpointError(
-            f"{path} is a checkpoint of another program: {len(lines)} leaves differ "
-            f"({len(saved)} in the checkpoint, {len(here)} here).\n{listed(lines, MOST_LINES)}\n"
+            f"{path} is a checkpoint of another program: {differ} ({len(saved)} in the checkpoint, {len(here)} "
+            f"here).\n{listed(lines, MOST_LINES)}\n"
             "Build the model, optimiser and containers as they were when it was saved, or choose another directory."
         )
 

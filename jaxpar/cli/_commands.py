@@ -52,10 +52,17 @@ class Verify:
 
     recipe: Recipe
     mesh: Mesh = None
+    layers: int | None = None
+    """Reduce its stacks of equal blocks to this many, so that it fits one device; see `Recipe.reduced`."""
+    batch_size: int | None = None
+    """Reduce its batch to this many rows."""
 
     def run(self) -> int:
         """Print the table."""
         program = _load.program(self.recipe, self.mesh)
+        if self.layers is not None or self.batch_size is not None:
+            smaller = program.recipe.reduced(layers=self.layers, batch_size=self.batch_size)
+            program = smaller.on(program.plan.mesh)
         print(f"{self.recipe}: {program.plan!r}", flush=True)
         found = verify(program)
         print(found)

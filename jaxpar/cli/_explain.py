@@ -41,8 +41,9 @@ def run_export(command: "Export") -> int:
     """Write the file that `command` asks for."""
     from ..explain import export
 
-    step, args, on = _step(command.recipe, command.mesh)
-    path = export(step, *args, to=command.output, on=on, compiler_options=_options(command.options, on))
+    with contextlib.redirect_stdout(sys.stderr):
+        step, args, on = _step(command.recipe, command.mesh)
+        path = export(step, *args, to=command.output, on=on, compiler_options=_options(command.options, on))
     print(f"{path}: explain it on Linux, by the same version of JAX: jaxpar explain {path}")
     return 0
 

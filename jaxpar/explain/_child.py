@@ -39,8 +39,14 @@ MOST = 2 * 2**30
 _FLAGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "JAX_ENABLE_X64")
 """Variables that change what the compiler makes."""
 
-_ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
-"""For the child: no accelerator is looked for or taken, no cloud is asked, and several may compile at once."""
+_ENVIRONMENT = {
+    "JAX_PLATFORMS": "cpu",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TPU_STDERR_LOG_LEVEL": "1",
+}
+"""For the child: no accelerator is looked for or taken, no cloud is asked, several may compile at once, and libtpu's
+warnings come to us rather than to its own file."""
 
 _logger = logging.getLogger("jaxpar")
 
@@ -59,10 +65,9 @@ def compile_elsewhere(exported: Exported, cache: str | os.PathLike[str] | None =
         raise StepError(f"{exported.hardware.name}: {lacking}.")
     root = pathlib.Path(cache) if cache is not None else _user_cache()
     root.mkdir(parents=True, exist_ok=True)
-    content = exported.to_bytes()
-    entry = root / _key(content, exported)
+    entry = root / _key(exported)
     if not (entry / "result.json").exists():
-        _make(exported, content, entry)
+        _make(exported, entry)
         _prune(root, entry)
         return _read(entry, exported)
     with contextlib.suppress(OSError):
@@ -70,11 +75,9 @@ def compile_elsewhere(exported: Exported, cache: str | os.PathLike[str] | None =
     return dataclasses.replace(_read(entry, exported), seconds=0.0)
 
 
-def _key(content: bytes, exported: Exported) -> str:
+def _key(exported: Exported) -> str:
     said = [compiler(exported.hardware.platform), *(f"{name}={os.environ.get(name, '')}" for name in _FLAGS)]
-    digest = hashlib.sha256(content)
-    digest.update("\n".join(said).encode())
-    return digest.hexdigest()[:32]
+    return hashlib.sha256("\n".join([exported.digest(), *said]).encode()).hexdigest()[:32]
 
 
 def _user_cache() -> pathlib.Path:
@@ -82,12 +85,12 @@ def _user_cache() -> pathlib.Path:
     return pathlib.Path(base) / "jaxpar" / "explain"
 
 
-def _make(exported: Exported, content: bytes, entry: pathlib.Path) -> None:
+def _make(exported: Exported, entry: pathlib.Path) -> None:
     """Compile into `entry`; a failure leaves nothing there."""
     part = pathlib.Path(tempfile.mkdtemp(prefix=".part-", dir=entry.parent))
     try:
         step = part / "step.zip"
-        step.write_bytes(content)
+        step.write_bytes(exported.to_bytes())
         with (part / "log").open("wb") as log:
             process = subprocess.Popen(
                 [sys.executable, "-m", "jaxpar.explain._compiler", str(step), str(part)],
@@ -100,7 +103,6 @@ def _make(exported: Exported, content: bytes, entry: pathlib.Path) -> None:
         _wait(process, f"{exported.name} for {exported.hardware.spec}")
         _check(exported, part, process.returncode)
         step.unlink()
-        (part / "log").unlink()
         with contextlib.suppress(OSError):  # another process was quicker
             part.rename(entry)
     finally:
@@ -194,6 +196,7 @@ def _read(entry: pathlib.Path, exported: Exported) -> Compiled:
         num_tokens=exported.num_tokens,
         refusal=result.get("refusal", ""),
         needed=result.get("needed", 0),
+        log=tuple((entry / "log").read_text(errors="replace").splitlines()),
         seconds=result["seconds"],
     )
 

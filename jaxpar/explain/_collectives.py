@@ -5,7 +5,7 @@ import dataclasses
 from .._hlo import Collective, Module
 from .._plan import Plan
 from ._compiled import Compiled
-from ._expected import expected
+from ._expected import Match, expected
 from ._paths import Paths
 from ._timeline import Timeline, mesh_of
 
@@ -57,22 +57,21 @@ def rows(module: Module, compiled: Compiled, timeline: Timeline | None, plan: Pl
     """
     found: dict[tuple[str, str], list[Collective]] = {}
     collectives = module.collectives(mesh_of(module, compiled))
-    words = None if plan is None else expected(collectives, plan, num_tokens=compiled.num_tokens)
     for collective in collectives:
         found.setdefault((collective.computation, collective.name), []).append(collective)
     known = [each.path for each in compiled.arguments if each.kind in ("parameter", "frozen")]
     paths = Paths(known)
-    return tuple(_row(place, tensors, timeline, paths, words) for place, tensors in found.items())
+    moves = {} if plan is None else expected(collectives, plan, num_tokens=compiled.num_tokens)
+    return tuple(_row(place, tensors, timeline, paths, moves.get(place)) for place, tensors in found.items())
 
 
 def _row(
-    place: tuple[str, str],
-    tensors: list[Collective],
-    timeline: Timeline | None,
-    paths: Paths,
-    words: dict[str, str] | None,
+    place: tuple[str, str], tensors: list[Collective], timeline: Timeline | None, paths: Paths, move: Match | None
 ) -> Row:
     leading = max(tensors, key=lambda each: each.bytes)
+    path = paths.of(leading.op_name).path
+    if not path and move is not None and len(move.paths) == 1:
+        path = move.paths[0]  # the one leaf of that size, where the name tells of none
     seconds, wire_bytes, algorithm = (0.0, 0, "") if timeline is None else timeline.transfers.get(place, (0.0, 0, ""))
     return Row(
         kind=leading.kind,
@@ -84,9 +83,9 @@ def _row(
         count=leading.count,
         depth=leading.depth,
         conditional=leading.conditional,
-        path=paths.of(leading.op_name).path,
+        path=path,
         source=leading.source,
-        expected=None if words is None else words.get(leading.name, ""),
+        expected=None if move is None else move.words,
         seconds=seconds,
         exposed_seconds=0.0 if timeline is None else timeline.exposed.get(place, 0.0),
         name=leading.name,

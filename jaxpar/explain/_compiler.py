@@ -8,12 +8,15 @@ import dataclasses
 import gzip
 import importlib.metadata
 import json
+import math
 import pathlib
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import AxisType, Mesh
 
 from .. import _hlo, _mesh
@@ -38,13 +41,13 @@ def compile_step(exported: Exported) -> tuple[dict[str, Any], str]:
     result: dict[str, Any] = {"compiler": compiler(exported.hardware.platform)}
     try:
         mesh = _devices(exported)
-        result["slices"] = list(_hlo.mesh_axes(mesh).slices)
+        result["slices"] = _slices(mesh)
         function, shapes = call(exported, mesh)
         compiled = function.lower(*shapes).compile(compiler_options=exported.options or None)
         result["memory"] = _memory(compiled.memory_analysis())
         text = without_call(compiled.as_text() or "", exported.name)
     except Exception as error:  # whatever a compiler says is for the parent to tell
-        needed = refused_bytes(str(error), sum(each.bytes for each in exported.arguments))
+        needed = refused_bytes(str(error))
         result |= {"refusal": str(error), "needed": needed} if needed else {"error": f"{type(error).__name__}: {error}"}
         text = ""
     result["seconds"] = time.perf_counter() - start
@@ -70,8 +73,29 @@ def _devices(exported: Exported) -> Mesh:
 
     arguments = topology(exported.hardware)
     described = topologies.get_topology_desc(arguments.pop("topology_name"), arguments.pop("platform"), **arguments)
-    devices = _mesh.ordered(described.devices, exported.axes, exported.dcn)
+    order = _ordered_gpus if exported.hardware.kind == "gpu" else _mesh.ordered
+    devices = order(described.devices, exported.axes, exported.dcn)
     return Mesh(devices, tuple(exported.axes), axis_types=(AxisType.Auto,) * len(exported.axes))
+
+
+def _ordered_gpus(devices: Sequence[Any], sizes: Mapping[str, int], dcn: Mapping[str, int]) -> np.ndarray:
+    """GPUs as `_mesh.ordered` has them. Of those that are only described, the process alone tells the host."""
+    outer = [dcn.get(axis, 1) for axis in sizes]
+    inner = [size // factor for size, factor in zip(sizes.values(), outer, strict=True)]
+    flat = np.empty(len(devices), dtype=object)
+    flat[:] = sorted(devices, key=lambda device: (device.process_index, device.id))
+    halves = np.arange(2 * len(outer)).reshape(2, -1)
+    return (
+        flat[: math.prod(sizes.values())].reshape(*outer, *inner).transpose(halves.T.ravel()).reshape(*sizes.values())
+    )
+
+
+def _slices(mesh: Mesh) -> list[int]:
+    """The slice, or host of GPUs, of each position of the mesh; empty if there is one."""
+    if mesh.devices.flat[0].platform == "tpu":
+        return list(_hlo.mesh_axes(mesh).slices)
+    hosts = [device.process_index for device in mesh.devices.flat]
+    return hosts if len(set(hosts)) > 1 else []
 
 
 def _memory(found: Any) -> dict[str, int] | None:

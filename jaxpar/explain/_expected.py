@@ -25,6 +25,9 @@ from .._types import Axes
 _FEW_NUMBERS = 8
 """A sum of as many numbers is a loss with its weight, a norm or a count: no array of a model."""
 
+_AGAIN = ", which computes the block again"
+"""As a plan's moves say it of weights."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Match:
@@ -39,13 +42,8 @@ class Match:
     paths: tuple[str, ...] = ()
 
 
-def expected(collectives: Iterable[Collective], plan: Plan, *, num_tokens: int = 0) -> dict[str, str]:
-    """The words of `match` for each instruction."""
-    return {name: found.words for name, found in match(collectives, plan, num_tokens=num_tokens).items()}
-
-
-def match(collectives: Iterable[Collective], plan: Plan, *, num_tokens: int = 0) -> dict[str, Match]:
-    """What `plan` says of each instruction among `collectives`, by its name.
+def expected(collectives: Iterable[Collective], plan: Plan, *, num_tokens: int = 0) -> dict[tuple[str, str], Match]:
+    """What `plan` says of each instruction among `collectives`, by `(computation, instruction)`.
 
     Args:
         collectives: Of the whole program, in its order.
@@ -54,10 +52,10 @@ def match(collectives: Iterable[Collective], plan: Plan, *, num_tokens: int = 0)
             activation is one of any number of tokens.
     """
     pool = _Pool(plan, num_tokens)
-    found: dict[str, list[Match]] = {}
+    found: dict[tuple[str, str], list[tuple[Match, int]]] = {}
     for each in collectives:
-        found.setdefault(each.name, []).append(pool.take(each))
-    return {name: _together(matches) for name, matches in found.items()}
+        found.setdefault((each.computation, each.name), []).append((pool.take(each), each.bytes))
+    return {place: _together(tensors) for place, tensors in found.items()}
 
 
 @dataclasses.dataclass
@@ -94,6 +92,9 @@ class _Pool:
     def take(self, each: Collective) -> Match:
         """The move that `each` is, which is then made."""
         fitting = [want for want in self.by_kind[each.kind, each.axes] if self._fits(want, each)]
+        if not each.depth and all(want.record.layers and want.move.per_token for want in fitting):
+            if words := self._vocabulary(each):  # outside of the loop over layers the two ends come first
+                return Match(words=words)
         chosen = min(fitting, key=lambda want: _rank(want, each), default=None)
         if chosen is not None and self._use(chosen, each):
             same = [want for want in fitting if (want.move.what, want.move.when) == _role(chosen)]
@@ -105,8 +106,13 @@ class _Pool:
     def _fits(self, want: _Want, each: Collective) -> bool:
         if not want.move.per_token:
             return bool(want.fits(each))
+        if (each.kind, each.axes) != (want.move.kind, want.move.axes):
+            return False
         tokens, rest = divmod(math.prod(each.shape), want.elements)
-        return not rest and tokens > 0 and (not self.tokens or self.tokens % tokens == 0)
+        if rest or not tokens or not self.tokens:
+            return not rest and tokens > 0
+        is_microbatch = each.depth > want.record.layers  # in a loop over microbatches, of an unknown number
+        return self.tokens % tokens == 0 if is_microbatch else self.tokens == tokens
 
     def _use(self, want: _Want, each: Collective) -> bool:
         """Make the move as often as `each` runs, from all leaves that move alike; false if that is too often."""
@@ -132,20 +138,27 @@ class _Pool:
 
     def _no_leafs(self, each: Collective) -> str:
         """What is expected of a step though no leaf moves: sums of numbers, and the two ends of a split vocabulary."""
-        number, vocab = math.prod(each.shape), self.plan.dims.get("vocab", ())
-        if each.kind != "all-reduce":
-            return ""
-        if number <= _FEW_NUMBERS:
+        if each.kind == "all-reduce" and math.prod(each.shape) <= _FEW_NUMBERS:
             return self._sums(each)
-        if not vocab or set(each.axes) != set(vocab) or not self.tokens:
+        return self._vocabulary(each)
+
+    def _vocabulary(self, each: Collective) -> str:
+        """The two ends of a model whose vocabulary is split."""
+        number, vocab = math.prod(each.shape), set(self.plan.dims.get("vocab", ()))
+        if each.kind != "all-reduce" or not vocab or set(each.axes) != vocab or not self.tokens:
             return ""
-        widths = {record.shape[-1] for record in self.plan.parameters if set(vocab) & _axes(record)}
-        widths |= {record.shape[0] for record in self.plan.parameters if set(vocab) & _axes(record)}
-        if any(number % width == 0 and self.tokens % (number // width) == 0 for width in widths if number >= width):
-            return "activation, at a split vocabulary: embedded rows, or the gradient of the last hidden state"
-        if number <= 3 * self.tokens:
+        sizes = [number // several for several in (1, 2, 3) if number % several == 0]
+        if any(self._are_tokens(tokens, each) for tokens in sizes):
             return "softmax, over a split vocabulary"
+        ends = [record for record in self.plan.parameters if vocab & _axes(record) and len(record.shape) > 1]
+        widths = {size for record in ends for size in record.shape[-2:]}
+        if any(number % width == 0 and self._are_tokens(number // width, each) for width in widths):
+            return "activation, embedded rows or their gradient, at a split vocabulary"
         return ""
+
+    def _are_tokens(self, number: int, each: Collective) -> bool:
+        """Whether `number` is that of a device's tokens, of a microbatch's in a loop."""
+        return number == self.tokens or bool(each.depth and number and self.tokens % number == 0)
 
     def _sums(self, each: Collective) -> str:
         batch = {axis for axis in self.plan.batch_axes if self.plan.axes[axis] > 1}
@@ -164,15 +177,24 @@ def _wants(plan: Plan, record: Record) -> Iterator[_Want]:
         dtype = record.compute_dtype if move.what in ("weight", "activation") else record.dtype
         elements = move.bytes // np.dtype(dtype).itemsize
         yield _Want(record=record, move=move, elements=max(elements, 1), left=move.times)
+        if move.per_token and record.remat and move.when.startswith("forward"):
+            again = dataclasses.replace(move, when=move.when.replace("forward", "backward", 1) + _AGAIN)
+            yield _Want(record=record, move=again, elements=max(elements, 1), left=move.times)
 
 
 def _role(want: _Want) -> tuple[str, str]:
     return want.move.what, want.move.when
 
 
-def _rank(want: _Want, each: Collective) -> tuple[bool, bool, bool]:
-    """Better candidates first: with runs left, of the pass that the name tells, with the leaf's name in it."""
-    return want.left <= 0, not _is_pass(want.move, each.op_name), not _is_named(want.record.path, each.op_name)
+def _rank(want: _Want, each: Collective) -> tuple[bool, ...]:
+    """Better candidates first: with runs left, in a loop over layers or not, of the pass and leaf of the name."""
+    is_out = bool(want.record.layers) > bool(each.depth)
+    return (
+        want.left <= 0,
+        is_out,
+        not _is_pass(want.move, each.op_name),
+        not _is_named(want.record.path, each.op_name),
+    )
 
 
 def _is_pass(move: Move, op_name: str) -> bool:
@@ -180,6 +202,8 @@ def _is_pass(move: Move, op_name: str) -> bool:
     backward = "transpose(" in op_name
     if move.when.startswith("forward"):
         return "jvp(" in op_name and not backward
+    if _AGAIN in move.when:
+        return "rematted_computation" in op_name
     return backward if move.when.startswith("backward") else "jvp(" not in op_name
 
 
@@ -204,11 +228,13 @@ def _axes(record: Record) -> set[str]:
     return {axis for spec in specs for entry in spec for axis in axes_at(entry)}
 
 
-def _together(matches: Sequence[Match]) -> Match:
-    """Tensors that were combined into one instruction."""
-    words = list(dict.fromkeys(each.words for each in matches if each.words))
-    paths = tuple(dict.fromkeys(path for each in matches for path in each.paths))
-    strange = sum(not each.words for each in matches)
-    if words and strange:
-        words.append(f"and {strange} of {len(matches)} tensors that the plan does not expect")
+def _together(tensors: Sequence[tuple[Match, int]]) -> Match:
+    """Tensors that were combined into one instruction: expected if most of its bytes are."""
+    words = list(dict.fromkeys(each.words for each, _ in tensors if each.words))
+    paths = tuple(dict.fromkeys(path for each, _ in tensors for path in each.paths))
+    strange = [size for each, size in tensors if not each.words]
+    if 2 * sum(strange) > sum(size for _, size in tensors):
+        return Match(words="", paths=paths)
+    if strange:
+        words.append(f"and {len(strange)} of {len(tensors)} tensors that the plan does not expect")
     return Match(words="; ".join(words), paths=paths)

@@ -10,20 +10,26 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import jax
-from jax.sharding import AbstractMesh, Mesh
+from jax.sharding import Mesh
 
 from .. import _hardware, _hlo, _mesh
 from .._errors import StepError
 from .._hlo import MeshAxes
+from .._plan import Plan
 from .._types import AnyMesh
-from . import _collectives, _export, _findings, _flops, _memory, _target, _timeline
+from . import _export, _target
+from ._axes import mesh_axes
 from ._child import compile_elsewhere
+from ._collectives import rows
 from ._compiled import Compiled
 from ._compiler import compiler, memory_stats
-from ._flops import Flops
-from ._memory import Held, Memory
+from ._estimate import estimate
+from ._findings import find
+from ._flops import Flops, count, from_hlo
+from ._memory import Held, Memory, from_arguments, memory
 from ._report import Report
 from ._subject import Subject, subject
+from ._timeline import UNNAMED, mesh_of, predict
 
 T = TypeVar("T")
 
@@ -122,7 +128,11 @@ def explain_file(path: str | os.PathLike[str], cache: str | os.PathLike[str] | N
     said = exported.flops
     pairs = {name: tuple(map(tuple, said[name])) for name in ("by_path", "by_dtype") if name in said}
     flops = Flops(**{**said, **pairs, "notes": tuple(said.get("notes", ()))}) if said else None
-    return assemble(compiled, flops=flops, strategies=exported.strategies, notes=exported.notes)
+    notes = exported.notes
+    if exported.version != jax.__version__:
+        notes = (f"Exported by jax {exported.version}, compiled by jax {jax.__version__}.", *notes)
+    plan = Plan.from_json(exported.plan) if exported.plan else None
+    return assemble(compiled, flops=flops, plan=plan, notes=notes)
 
 
 def explain_text(text: str, mesh: AnyMesh | str, *, name: str = "") -> Report:
@@ -130,8 +140,8 @@ def explain_text(text: str, mesh: AnyMesh | str, *, name: str = "") -> Report:
 
     Args:
         text: The text. What cannot be read of it is listed in the report.
-        mesh: The mesh it was compiled for; or the name of the hardware alone (`"v5e:16x16"`): then its axes are those
-            that the text names, or that its collectives run over (`slice`, `x`, `y`, ...).
+        mesh: The mesh it was compiled for; or the name of the hardware alone (`"v5e:16x16"`): its axes are then those
+            that the collectives run over, as far as these tell.
         name: What to call it; by default what the text calls it.
 
     Raises:
@@ -146,7 +156,7 @@ def explain_text(text: str, mesh: AnyMesh | str, *, name: str = "") -> Report:
         hardware = _hardware.parse(mesh)
         each = hardware.num_devices // hardware.num_slices
         slices = tuple(index // each for index in range(hardware.num_devices)) if hardware.num_slices > 1 else ()
-        axes = MeshAxes(names=(_timeline.UNNAMED,), sizes=(hardware.num_devices,), slices=slices)
+        axes = MeshAxes(names=(UNNAMED,), sizes=(hardware.num_devices,), slices=slices)
     else:
         hardware, axes = _mesh.hardware_of(mesh), mesh_axes(mesh)
     said = text.partition("HloModule ")[2][:200].partition(",")[0].split()
@@ -160,7 +170,7 @@ def assemble(
     flops: Flops | None = None,
     plan: Any = None,
     step: Any = None,
-    strategies: tuple[str, ...] = (),
+    program: Any = None,
     notes: tuple[str, ...] = (),
     unread: tuple[str, ...] = (),
 ) -> Report:
@@ -170,8 +180,8 @@ def assemble(
         compiled: The program.
         flops: Counted in its jaxpr; else they are counted in the HLO.
         plan: That of the step.
-        step: What `plan.jit` made, if that is what is explained.
-        strategies: Of the plan, as text.
+        step: What `plan.jit` made of it.
+        program: The program that it is the step of: of one that does not fit, it gives the account.
         notes: What a reader should know.
         unread: What could not be made before.
     """
@@ -182,22 +192,27 @@ def assemble(
         faults.extend(said)
         return made
 
-    read = part("HLO text", lambda: _hlo.read(compiled.text))
-    module = _hlo.read("") if read is None else read
-    faults.extend(() if read is None else read.unread)
-    if not module.program.computations and not compiled.refusal:
-        faults.append("the text holds no computation that can be read: is it optimised HLO, whole?")
-    compiled = dataclasses.replace(compiled, axes=_timeline.mesh_of(module, compiled))
-    if flops is None:
-        flops = part("FLOPs", lambda: _flops.from_hlo(module, compiled))
-    timeline = part("timeline", lambda: _timeline.predict(module, compiled))
-    held = part("memory", lambda: _memory.memory(module, compiled))
-    table = part("collectives", lambda: _collectives.rows(module, compiled, timeline, plan)) or ()
-
-    def find() -> tuple[_findings.Finding, ...]:
-        return _findings.find(module, compiled, rows=table, timeline=timeline, memory=held, plan=plan, step=step)
-
-    findings = part("findings", find) or ()
+    module = part("HLO text", lambda: _hlo.read(compiled.text)) or _hlo.read("")
+    faults.extend(module.unread)
+    if compiled.refusal:
+        module, notes = _hlo.read(""), (_refusal(compiled), *notes)
+    elif not module.program.entry:
+        faults.append("there is no computation in the text that can be read: is it optimised HLO, whole?")
+    compiled = dataclasses.replace(compiled, axes=part("mesh", lambda: mesh_of(module, compiled)) or compiled.axes)
+    if flops is None and not compiled.refusal:
+        flops = part("FLOPs", lambda: from_hlo(module, compiled))
+    timeline = part("timeline", lambda: predict(module, compiled))
+    held = part("memory", lambda: from_arguments(compiled) if compiled.refusal else memory(module, compiled))
+    table = part("collectives", lambda: rows(module, compiled, timeline, plan)) or ()
+    if compiled.refusal and program is not None:
+        account = part("estimate", lambda: estimate(program))
+        if account is not None:
+            held, timeline, table = _reconciled(account.memory, held), account.timeline, account.collectives
+            notes = (*notes, "Time, collectives and what memory is made of are estimates from the plan.")
+    findings = part(
+        "findings",
+        lambda: find(module, compiled, rows=table, timeline=timeline, memory=held, plan=plan, step=step),
+    )
     hardware = compiled.hardware
     return Report(
         name=compiled.name,
@@ -207,34 +222,19 @@ def assemble(
         num_devices=compiled.axes.size,
         compiler=compiled.compiler,
         options=compiled.options,
-        origin="compiled",
-        strategies=strategies,
+        origin="refused" if compiled.refusal else "compiled",
+        strategies=() if plan is None else plan.strategies,
         num_tokens=compiled.num_tokens,
         peak_flops=_peak_flops(compiled, flops),
         memory=held,
         flops=flops,
         timeline=timeline,
         collectives=table,
-        findings=findings,
+        findings=findings or (),
         unread=tuple(dict.fromkeys(faults)),
         notes=notes,
         compile_seconds=compiled.seconds,
     )
-
-
-def mesh_axes(mesh: AnyMesh) -> MeshAxes:
-    """The axes of a mesh as HLO text needs them; of one whose hardware is elsewhere, too."""
-    found = _hlo.mesh_axes(mesh)
-    factors = _mesh.dcn_factors(mesh) if isinstance(mesh, AbstractMesh) else {}
-    if not factors:
-        return found
-    import numpy as np
-
-    slices = np.zeros((), int)  # slices are the outer part of each axis that crosses them
-    for axis, size in zip(found.names, found.sizes, strict=True):
-        factor = factors.get(axis, 1)
-        slices = slices[..., None] * factor + np.arange(size) // (size // factor)
-    return dataclasses.replace(found, slices=tuple(int(each) for each in slices.ravel()))
 
 
 def _with_options(made: Subject, options: Mapping[str, Any] | None) -> Subject:
@@ -242,7 +242,7 @@ def _with_options(made: Subject, options: Mapping[str, Any] | None) -> Subject:
 
 
 def _count(made: Subject) -> Flops:
-    return _flops.count(made.function.trace(*made.shapes).jaxpr, plan=made.plan)
+    return count(made.function.trace(*made.shapes).jaxpr, plan=made.plan)
 
 
 def _compiled_here(made: Subject) -> Compiled:
@@ -284,40 +284,32 @@ def _kept(compiled: Any, number: int) -> list[int]:
 
 
 def _assembled(compiled: Compiled, made: Subject, flops: Flops | None, faults: tuple[str, ...]) -> Report:
-    strategies = () if made.plan is None else made.plan.strategies
-    report = assemble(
-        compiled, flops=flops, plan=made.plan, step=made.step, strategies=strategies, notes=made.notes, unread=faults
-    )
-    return _refused(report, compiled, made.program) if compiled.refusal else report
-
-
-def _refused(report: Report, compiled: Compiled, program: Any) -> Report:
-    """The program does not fit: what the compiler said of it, and the account of the plan in place of its own."""
-    gib = compiled.needed / 2**30
-    said = (
-        f"{compiled.compiler} makes no program of this step for {compiled.hardware.name}: a device would need "
-        f"{gib:.2f} GiB, and has {compiled.hardware.memory / 2**30:.2f} GiB."
-    )
-    report = dataclasses.replace(report, origin="refused", notes=(said, *report.notes))
-    if program is None:
-        return report
-    found, faults = _part("estimate", lambda: _estimate(program))
-    if found is None:
-        return dataclasses.replace(report, unread=(*report.unread, *faults))
-    memory = _reconciled(found.memory, compiled.needed)
-    findings = _findings.find(_hlo.read(""), compiled, memory=memory, plan=program.plan)
-    return dataclasses.replace(
-        report, memory=memory, timeline=found.timeline, findings=findings, unread=(*report.unread, *faults)
+    return assemble(
+        compiled,
+        flops=flops,
+        plan=made.plan,
+        step=made.step,
+        program=made.program,
+        notes=made.notes,
+        unread=faults,
     )
 
 
-def _reconciled(memory: Memory | None, needed: int) -> Memory | None:
+def _refusal(compiled: Compiled) -> str:
+    needed, limit = compiled.needed / 2**30, compiled.hardware.memory / 2**30
+    return (
+        f"It does not fit: {compiled.compiler} makes no program of this step for {compiled.hardware.name}, of which a "
+        f"device would need {needed:.2f} GiB and has {limit:.2f} GiB."
+    )
+
+
+def _reconciled(account: Memory | None, said: Memory | None) -> Memory | None:
     """The account of a plan, brought to the one figure that the compiler gave."""
-    if memory is None:
-        return None
-    rest = needed - sum(each.bytes for each in memory.held)
-    held = (*memory.held, Held(kind="unattributed", path="", bytes=rest)) if rest else memory.held
-    return dataclasses.replace(memory, peak=needed, held=held)
+    if account is None or said is None:
+        return said or account
+    rest = said.peak - sum(each.bytes for each in account.held)
+    held = (*account.held, Held(kind="unattributed", path="", bytes=rest)) if rest else account.held
+    return dataclasses.replace(account, peak=said.peak, held=held)
 
 
 def _estimated(made: Subject, lacking: str) -> Report:
@@ -330,14 +322,8 @@ def _estimated(made: Subject, lacking: str) -> Report:
             "explain the file where that compiler is; or give a jp.Recipe, which can be estimated without one."
         )
     said = f"An estimate from the plan, no compiler has seen the step: {lacking}."
-    found = _estimate(made.program)
+    found = estimate(made.program)
     return dataclasses.replace(found, notes=(said, *found.notes))
-
-
-def _estimate(program: Any) -> Report:
-    from ._estimate import estimate
-
-    return estimate(program)
 
 
 def _peak_flops(compiled: Compiled, flops: Flops | None) -> float:

@@ -9,17 +9,18 @@ Nothing here needs a device: JAX is left unstarted if it was.
 
 import contextlib
 import dataclasses
+import hashlib
 import io
 import json
 import logging
 import os
 import pathlib
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
-from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from .. import _devices, _mesh
 from .._errors import StepError
@@ -50,10 +51,10 @@ class Exported:
         arguments: What each input is.
         num_tokens: Of the global batch.
         options: XLA options.
-        strategies: Of the plan, as text.
+        plan: As JSON; empty without one.
         flops: As counted in the step's jaxpr; empty if they were not.
         notes: What a reader of the report should know.
-        jax: The version that exported.
+        version: Of the JAX that exported it.
     """
 
     name: str
@@ -67,16 +68,21 @@ class Exported:
     arguments: tuple[Argument, ...]
     num_tokens: int = 0
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
-    strategies: tuple[str, ...] = ()
+    plan: str = ""
     flops: dict[str, Any] = dataclasses.field(default_factory=dict)
     notes: tuple[str, ...] = ()
-    jax: str = jax.__version__
+    version: str = jax.__version__
+
+    def digest(self) -> str:
+        """Of all that its compiler sees; what the arguments mean, and are called, is not of it."""
+        seen = ("name", "hardware", "axes", "dcn", "inputs", "outputs", "donated", "options")
+        found = hashlib.sha256(self.module)
+        found.update(json.dumps([FORMAT, self._data(seen)]).encode())
+        return found.hexdigest()
 
     def to_bytes(self) -> bytes:
-        """The file. Equal steps make equal bytes: it names the entry in the cache of compiled programs."""
-        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "module"}
-        fields["arguments"] = [dataclasses.asdict(each) for each in self.arguments]
-        fields["hardware"] = dataclasses.asdict(self.hardware)
+        """The file."""
+        fields = self._data([field.name for field in dataclasses.fields(self) if field.name != "module"])
         whole = io.BytesIO()
         with zipfile.ZipFile(whole, "w", zipfile.ZIP_DEFLATED) as file:
             for name, content in (
@@ -85,6 +91,12 @@ class Exported:
             ):
                 file.writestr(zipfile.ZipInfo(name), content, zipfile.ZIP_DEFLATED)  # the epoch as its date
         return whole.getvalue()
+
+    def _data(self, names: Sequence[str]) -> dict[str, Any]:
+        fields = {name: getattr(self, name) for name in names}
+        if "arguments" in fields:
+            fields["arguments"] = [dataclasses.asdict(each) for each in self.arguments]
+        return fields | {"hardware": dataclasses.asdict(self.hardware)}
 
 
 def export(subject: Subject) -> Exported:
@@ -106,7 +118,7 @@ def export(subject: Subject) -> Exported:
                 # Not for keeping: Pallas kernels and cuDNN, which promise no stability, are compiled by this same JAX.
                 disabled_checks=[jax_export.DisabledSafetyCheck.custom_call("ALL")],
             )(*subject.shapes)
-        except (ValueError, NotImplementedError, TypeError) as error:
+        except (ValueError, NotImplementedError, TypeError, AttributeError) as error:
             raise StepError(
                 f"{subject.name} cannot be lowered for {hardware.name}, which is not attached: {error}\nA step that is "
                 "compiled elsewhere may not call back into Python (jax.debug.print, io_callback), close over arrays on "
@@ -129,7 +141,7 @@ def export(subject: Subject) -> Exported:
         arguments=tuple(subject.arguments[at] for at in kept),
         num_tokens=subject.num_tokens,
         options={name: _plain(value) for name, value in subject.options.items()},
-        strategies=() if plan is None else plan.strategies,
+        plan="" if plan is None else plan.to_json(),
         notes=subject.notes,
     )
 
@@ -158,23 +170,13 @@ def read(path: str | os.PathLike[str]) -> Exported:
         ) from error
     if fields.pop("format") != FORMAT:
         raise StepError(f"{path} was written by another version of jaxpar. Export the step again: jaxpar export.")
-    fields["arguments"] = tuple(Argument(**{**each, **_tuples(each, "shape", "axes")}) for each in fields["arguments"])
+    fields["arguments"] = tuple(map(_argument, fields["arguments"]))
     hardware = fields.pop("hardware")
     chip = Chip(**hardware.pop("chip"))
     topology = tuple(hardware.pop("topology"))
-    tuples = ("inputs", "outputs", "donated", "strategies", "notes")
+    tuples = ("inputs", "outputs", "donated", "notes")
     fields |= {name: tuple(fields[name]) for name in tuples}
     return Exported(**fields, module=module, hardware=Hardware(**hardware, chip=chip, topology=topology))
-
-
-def _tuples(fields: dict[str, Any], *names: str) -> dict[str, Any]:
-    """The lists of JSON that were tuples."""
-    return {name: None if fields[name] is None else tuple(fields[name]) for name in names}
-
-
-def is_exported(path: str | os.PathLike[str]) -> bool:
-    """Whether the file at `path` looks like one that `write` wrote."""
-    return zipfile.is_zipfile(path)
 
 
 def call(exported: Exported, mesh: Mesh) -> Any:
@@ -222,6 +224,11 @@ def call(exported: Exported, mesh: Mesh) -> Any:
 def without_call(text: str, name: str) -> str:
     """HLO text of `call`'s function, with the names of the step's own compilation: the call itself is left out."""
     return text.replace(f"jit({name})/call_exported/", "")
+
+
+def _argument(data: dict[str, Any]) -> Argument:
+    axes = data["axes"]
+    return Argument(**{**data, "shape": tuple(data["shape"]), "axes": None if axes is None else tuple(axes)})
 
 
 @contextlib.contextmanager
@@ -289,16 +296,3 @@ def _zeros(shape: jax.ShapeDtypeStruct) -> Any:
 
 def _plain(value: Any) -> Any:
     return value if isinstance(value, bool | int | float | str) else str(value)
-
-
-def abstract_mesh(exported: Exported) -> AbstractMesh:
-    """The mesh that `exported` was lowered for."""
-    device = _mesh.TargetDevice(
-        exported.hardware.chip.device_kind,
-        exported.hardware.chip.cores,
-        exported.hardware.kind,
-        exported.hardware,
-        tuple(exported.dcn.items()),
-    )
-    sizes = exported.axes
-    return AbstractMesh(tuple(sizes.values()), tuple(sizes), (AxisType.Auto,) * len(sizes), abstract_device=device)

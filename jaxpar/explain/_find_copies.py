@@ -42,7 +42,7 @@ def replicated(seen: Evidence) -> Iterator[Finding]:
         whole: dict[int, int] = {}
         for number, each in alike.items():
             known = seen.argument_axes.get(number)
-            if known is not None and split and not known and each.bytes >= _LARGE * total:
+            if known is not None and split and not known and each.bytes >= max(_LARGE * total, _LEAST):
                 whole[number] = each.bytes
         for number, size in whole.items():
             axes = seen.varying.axes(split)
@@ -106,7 +106,7 @@ def repeated(seen: Evidence) -> Iterator[Finding]:
         )
 
 
-_LARGE = 0.1  # of all arguments
+_LARGE, _LEAST = 0.1, 16 * 2**10  # of all arguments, and in bytes: a strategy leaves small leaves whole on purpose
 _REPEATED = 0.05  # of all FLOPs
 
 

@@ -54,7 +54,7 @@ def gathered_whole(seen: Evidence) -> Iterator[Finding]:
 
 def rematerialised(seen: Evidence) -> Iterator[Finding]:
     """Arrays gathered whole only to be cut again: two shardings between which the partitioner knows no other way."""
-    places = []
+    shown: set[str] = set()
     for transfer in seen.transfers:
         if transfer.first.kind != "all-gather" or seen.share([transfer]) < SLIGHT:
             continue
@@ -66,7 +66,7 @@ def rematerialised(seen: Evidence) -> Iterator[Finding]:
         ]
         if not cuts or not all(_takes_own_part(seen, cut) for cut in cuts):
             continue
-        places.append(transfer.first.source)
+        shown |= {transfer.first.source, *_operand_shapes(seen, transfer.op)}
         yield Finding(
             kind="full-rematerialisation",
             severity=severity(seen.share([transfer])),
@@ -82,7 +82,7 @@ def rematerialised(seen: Evidence) -> Iterator[Finding]:
         )
     complaints = [line for line in seen.compiled.log if "nvoluntary full rematerialization" in line]
     for place, reason in {_where(seen, line): _complaint(line) for line in complaints}.items():
-        if not any(place.endswith(each) for each in places if each):  # not what the program shows already
+        if place.rpartition(" at ")[2] not in shown and not any(f"takes {shape} " in reason for shape in shown):
             yield Finding(
                 kind="full-rematerialisation", severity="warning", reason=reason, place=place, remedy=_REMATERIALISED
             )
@@ -130,13 +130,15 @@ def activations_gathered(seen: Evidence) -> Iterator[Finding]:
 
 def resharded(seen: Evidence) -> Iterator[Finding]:
     """Activations laid out anew where neither an annotation nor the plan asks for it, and it weighs."""
+    windows = {each.first.op_name for each in seen.transfers if "windowed_dot_general" in each.op.computation}
     for transfer in seen.transfers:
         first, row = transfer.first, transfer.row
-        if first.kind not in ("all-to-all", "collective-permute") or "windowed_dot_general" in transfer.op.computation:
+        if first.kind not in ("all-to-all", "collective-permute") or first.op_name in windows:
             continue
         asked = _was_asked_for(first.op_name) or bool(row is not None and row.expected)
         share = seen.share([transfer])
-        if asked or share < SLIGHT or not seen.varying.operand_bits(transfer.op, 0) & BATCH:
+        is_activation = seen.varying.operand_bits(transfer.op, 0) & BATCH and not _is_state(seen, transfer)
+        if asked or share < SLIGHT or not is_activation:
             continue
         yield Finding(
             kind="reshard",
@@ -165,6 +167,11 @@ _REMATERIALISED = (
 _ASKED = frozenset(
     {"sharding_constraint", "shard_map", "all_gather", "all_to_all", "ppermute", "reshard", "device_put"}
 )
+
+
+def _operand_shapes(seen: Evidence, op: Op) -> list[str]:
+    made = (seen.module.program.op((op.computation, name)) for name in op.operands)
+    return [str(shape) for each in made if each is not None for shape in each.shapes]
 
 
 def _complaint(line: str) -> str:

@@ -43,7 +43,6 @@ def not_donated(seen: Evidence) -> Iterator[Finding]:
         return
     largest = max(both, key=lambda each: each.bytes)
     limit = seen.compiled.hardware.memory
-    names = sorted({each.path.partition(".")[0] for each in both})
     yield Finding(
         kind="not-donated",
         severity="warning" if not limit or wasted >= _WASTED * limit else "note",
@@ -54,8 +53,9 @@ def not_donated(seen: Evidence) -> Iterator[Finding]:
         ),
         place=largest.path,
         remedy=(
-            f"jax.jit(step, donate_argnames=({', '.join(map(repr, names))},)); plan.jit donates the modules that a "
-            "step changes, and pytrees by plan.jit(donate_argnums=(0,)). The old arrays cannot be used after the call."
+            "Donate the arguments that hold them, by position: jax.jit(step, donate_argnums=(0, 1)), or "
+            "plan.jit(donate_argnums=(0, 1)), which donates modules by itself. The old arrays cannot be used after the "
+            "call."
         ),
         bytes=wasted,
     )

@@ -1,13 +1,16 @@
 """Where a predicted step loses time: exposed communication, collectives too small to pay, windows too narrow."""
 
 import math
-import re
 from collections.abc import Iterator
 
+import numpy as np
+
 from .._hlo._text import Op
+from ._coefficients import coefficients
 from ._evidence import SLIGHT, Evidence, Transfer, counted, named, severity, walk
 from ._finding import Finding
 from ._units import seconds_text, size_text
+from ._wire import fabric
 
 
 def exposed(seen: Evidence) -> Iterator[Finding]:
@@ -79,7 +82,8 @@ def small_collectives(seen: Evidence) -> Iterator[Finding]:
 def windowed_einsums(seen: Evidence) -> Iterator[Finding]:
     """Collective matmuls (XLA:TPU) that take longer in windows than the plain product after a plain gather would.
 
-    The comparison is kind to the windows: it lets the plain form hide nothing of its gather.
+    The comparison is kind to the windows: the plain form hides nothing of its gather, and its product is no better than
+    the worst of large ones.
     """
     timeline, peak = seen.timeline, seen.compiled.hardware.peak_flops()
     loops = _windowed(seen)
@@ -94,11 +98,11 @@ def windowed_einsums(seen: Evidence) -> Iterator[Finding]:
         moved = [each for each in seen.transfers if (each.op.computation, each.op.name) in inside]
         if not moved or not flops:
             continue
-        ways = len({re.sub(r"\D+", ",", each.op.attribute("source_target_pairs") or each.op.name) for each in moved})
-        spent += own
-        plain += flops / peak / _PLAIN + sum(map(seen.seconds, moved)) / max(1, min(ways, 2))
-        if own > longest:
-            longest, worst = own, moved[0]
+        waited = sum(timeline.exposed.get((each.op.computation, each.op.name), 0.0) for each in moved)
+        spent += own + waited
+        plain += flops / peak / _PLAIN + _gather_seconds(seen, moved)
+        if own + waited > longest:
+            longest, worst = own + waited, moved[0]
     if worst is None or spent <= plain:
         return
     share = (spent - plain) / timeline.step_seconds if timeline.step_seconds else 1.0
@@ -107,15 +111,12 @@ def windowed_einsums(seen: Evidence) -> Iterator[Finding]:
         severity=severity(share),
         reason=(
             f"The compiler cut {counted(len(loops), 'matmul')} into windows, to overlap them with permutes over "
-            f"{named(worst.first.axes)}: {seconds_text(spent)} of computation a step, {spent / plain:.1f} times what "
-            f"they take in one piece, the gather before them exposed and all ({seconds_text(plain)}). At this shape "
-            "the windows are too narrow."
+            f"{named(worst.first.axes)}. With what they wait for they take {seconds_text(spent)} a step, "
+            f"{spent / plain:.1f} times as long as in one piece after a gather that nothing hides "
+            f"({seconds_text(plain)}): at this shape the windows are too narrow."
         ),
         place=seen.place(worst),
-        remedy=(
-            'Switch them off: plan.jit(compiler_options={"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}), '
-            "the same in jax.jit or in a Program."
-        ),
+        remedy=_no_windows(seen),
         seconds=spent - plain,
     )
 
@@ -131,6 +132,8 @@ def _hide(seen: Evidence, axes: tuple[str, ...], worst: Transfer) -> str:
     size = math.prod(seen.sizes.get(axis.partition("[")[0], 1) for axis in axes)
     first = worst.first
     fewer = f"a smaller axis than {named(axes)} = {size}"
+    if "windowed_dot_general" in worst.op.computation:
+        return _no_windows(seen)
     if "pipe" in axes:
         return (
             "Use more microbatches, jp.PP(microbatches=...), so that a permute hides behind the computation of others."
@@ -148,10 +151,30 @@ def _hide(seen: Evidence, axes: tuple[str, ...], worst: Transfer) -> str:
             f"devices on {named(axes)} and the rest on another axis); or gather in bfloat16, "
             'jp.plan(..., precision=jp.Precision(compute="bfloat16")).'
         )
+    if first.kind == "all-reduce":
+        return (
+            f"Use {fewer}, with the devices on an axis that moves less; jp.TP(sequence=True) halves what an all-reduce "
+            "of activations exposes."
+        )
+    return f"Look for another finding at this place that tells how to avoid it; else use {fewer}."
+
+
+def _no_windows(seen: Evidence) -> str:
     return (
-        f"Use {fewer}, with the devices on an axis that moves less; jp.TP(sequence=True) halves what an all-reduce of "
-        "activations exposes."
+        "Have matmuls in one piece: plan.jit(compiler_options=jp.compiler_options("
+        f'"{seen.compiled.hardware.chip.name}", "no-windowed-einsum")), the same in a Recipe; in plain JAX '
+        'jax.jit(compiler_options={"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}).'
     )
+
+
+def _gather_seconds(seen: Evidence, moved: list[Transfer]) -> float:
+    """How long one all-gather would take of what these permutes bring round, nothing else on its links."""
+    mesh, hardware = seen.mesh, seen.compiled.hardware
+    along = [place for place, name in enumerate(mesh.names) if name in moved[0].first.axes]
+    positions = np.moveaxis(np.arange(mesh.size).reshape(mesh.sizes), along, range(-len(along), 0))
+    groups = positions.reshape(-1, math.prod(mesh.sizes[place] for place in along))
+    total = sum(each.total_bytes for each in moved)
+    return fabric(hardware, mesh).transfer("all-gather", total, groups, coefficients()).seconds
 
 
 def _windowed(seen: Evidence) -> dict[str, list[Op]]:

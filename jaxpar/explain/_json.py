@@ -90,7 +90,7 @@ def _decode_class(hint: Any, value: Any, at: str) -> Any:
 
 
 def _decode_dict(args: tuple[Any, ...], value: Any, at: str) -> Any:
-    if isinstance(value, dict) and args[0] is str:
+    if isinstance(value, dict) and (args[0] is str or not value):
         return {key: decode(args[1], each, f"{at}.{key}") for key, each in value.items()}
     if not isinstance(value, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in value):
         return _wrong(at, "an object", value)

@@ -19,7 +19,7 @@ from .._hlo._module import Module
 from .._hlo._text import Op, Program
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(slots=True)
 class Buffer:
     """One place in memory.
 
@@ -74,9 +74,14 @@ class Liveness:
         return [buffer for buffer in self.buffers if buffer.start <= moment <= buffer.end]
 
 
-def liveness(module: Module) -> Liveness:
-    """The buffers of `module`. Text that is no schedule, or cut, gives those that can be made out."""
-    return _Walk(module.program).run()
+def liveness(module: Module, *, platform: str = "") -> Liveness:
+    """The buffers of `module`. Text that is no schedule, or cut, gives those that can be made out.
+
+    Args:
+        module: The program.
+        platform: `"cpu"`, where all-reduces do not run in place, or another.
+    """
+    return _Walk(module.program, _IN_PLACE - {"all-reduce"} if platform == "cpu" else _IN_PLACE).run()
 
 
 Ids = list[int]
@@ -98,6 +103,8 @@ _ELEMENTWISE = frozenset({
     "round-nearest-afz", "round-nearest-even", "rsqrt", "select", "shift-left", "shift-right-arithmetic",
     "shift-right-logical", "sign", "sine", "sqrt", "subtract", "tan", "tanh", "xor",
 })  # fmt: skip
+_IN_PLACE = _ELEMENTWISE | {"scatter", "sort", "all-reduce"}
+"""Operations that may write where they read."""
 _MOVING = frozenset({
     "bitcast", "broadcast", "concatenate", "constant", "convert", "copy", "dynamic-slice", "iota", "pad", "parameter",
     "partition-id", "reshape", "slice", "transpose", "tuple", "get-tuple-element", "all-gather", "all-gather-start",
@@ -109,8 +116,9 @@ _MOVING = frozenset({
 class _Walk:
     """One pass over a program in the order in which it runs."""
 
-    def __init__(self, program: Program) -> None:
+    def __init__(self, program: Program, in_place: frozenset[str]) -> None:
         self.program = program
+        self.in_place = in_place
         self.now = 0
         self.parent: list[int] = []
         self.buffers: list[Buffer] = []
@@ -260,7 +268,7 @@ class _Walk:
         self._alias_as_told(op, made, operands)
         if op.opcode == "dynamic-update-slice" and operands and len(operands[0]) == 1 and num == 1:
             self.kept.append((self.now, op, made, operands[:1]))
-        elif op.opcode in _ELEMENTWISE or op.opcode in ("fusion", "custom-call", "scatter", "sort", "all-reduce"):
+        elif op.opcode == "fusion" or op.opcode in self.in_place:
             self.kept.append((self.now, op, made, operands))
         self._note_copy(op, made, operands)
         return made
@@ -374,10 +382,8 @@ class _Walk:
 
     def _goes_elementwise(self, op: Op, index: int) -> bool:
         """Whether each element of the result depends on the operand's element at its own place alone."""
-        if op.opcode in _ELEMENTWISE or op.opcode in ("dynamic-update-slice", "scatter", "sort", "all-reduce"):
-            return True
         if op.opcode != "fusion":
-            return False
+            return True
         name = next(iter(op.names("calls")), "")
         if (name, index) not in self.elementwise:
             self.elementwise[name, index] = self._elementwise_inside(name, index)

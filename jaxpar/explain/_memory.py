@@ -87,7 +87,7 @@ def memory(module: Module, compiled: Compiled) -> Memory:
     """
     if compiled.refusal:
         return from_arguments(compiled)
-    live = liveness(module)
+    live = liveness(module, platform=compiled.hardware.kind)
     curve = live.curve((HBM,))
     moment = max(curve, key=lambda point: point[1])[0]
     reasons = _Reasons(module, compiled, live)

@@ -84,7 +84,7 @@ def _tails(leaves: Iterable[str]) -> dict[tuple[str, ...], str]:
 
 _STRUCTURE = re.compile(
     r"while|body|cond|closed_call|checkpoint|rematted_computation|remat2?|eval_jaxpr|core_call|shard_map|pjit|scan|"
-    r"custom_[jv]+p_call(_jaxpr)?|custom_lin|linear_call|RngStream\.__call__|branch_\d+_fun|xla_call|pallas_call|main|update|vmap|jvp|transpose"
+    r"custom_[jv]+p_call(_jaxpr)?|custom_lin|linear_call|RngStream\.__call__|branch_\d+_fun|xla_call|pallas_call|main|update|vmap|jvp|transpose|call_exported"
 )
 _WRAPPED = re.compile(r"([\w\-]*)\((.*)\)", re.DOTALL)
 _MERGED = re.compile(r"\([^(].*\)", re.DOTALL)
@@ -104,7 +104,10 @@ def _read(op_name: str) -> tuple[tuple[str, ...], str, str]:
         if _MERGED.fullmatch(part):
             members = [_read("/".join((*parts[:index], each))) for each in _split(part[1:-1], ":")]
             scopes = _shared([scopes for scopes, _, _ in members])
-            return scopes, _same(phase for _, phase, _ in members), _same(primitive for *_, primitive in members)
+            phases = {phase for _, phase, _ in members}
+            # Gradients are summed together with the loss.
+            phase = "backward" if "backward" in phases else _same(phases)
+            return scopes, phase, _same(primitive for *_, primitive in members)
         names, wrappers = _unwrapped(part) if part.count("(") == part.count(")") else ([], tuple(_OPENED.findall(part)))
         if "transpose" in wrappers:
             phase = phase if phase == "recomputed" else "backward"

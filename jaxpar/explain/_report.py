@@ -5,7 +5,7 @@ import json
 import math
 import os
 import pathlib
-from typing import Any, Literal
+from typing import Any
 
 from .. import _hardware
 from .._draw import Drawing
@@ -33,9 +33,6 @@ DERIVED = (
     "traffic",
 )
 """Figures that JSON has beside the fields, for those who read it without jaxpar."""
-
-Section = Literal["memory", "collectives", "flops", "time", "findings"]
-Picture = Literal["timeline", "memory", "collectives", "mesh"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -137,8 +134,11 @@ class Report:
         """The collectives together by kind and axes, the longest first."""
         return groups(self.collectives)
 
-    def table(self, section: Section | None = None) -> str:
+    def table(self, section: str | None = None) -> str:
         """The report as text of at most 118 columns, or all of one section, where the report shows the largest few.
+
+        Args:
+            section: `"time"`, `"memory"`, `"collectives"`, `"flops"` or `"findings"`.
 
         Raises:
             ShardingError: There is no such section.
@@ -150,8 +150,11 @@ class Report:
     def __str__(self) -> str:
         return self.table()
 
-    def draw(self, picture: Picture | None = None) -> Drawing:
+    def draw(self, picture: str | None = None) -> Drawing:
         """The report in pictures, or one of them: the timeline, the memory, the collectives, the mesh.
+
+        Args:
+            picture: `"timeline"`, `"memory"`, `"collectives"` or `"mesh"`.
 
         Raises:
             ShardingError: There is no such picture.

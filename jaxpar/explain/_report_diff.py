@@ -2,9 +2,10 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from .._plan_text import fold
 from ._collectives import Row
 from ._traffic import group
 from ._units import columns, flops_text, number_text, seconds_text, shortened, size_text
@@ -13,6 +14,8 @@ if TYPE_CHECKING:
     from ._report import Report
 
 _HOW = "how it was made"
+_MOST = 14
+"""Rows of a section that are printed."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -55,14 +58,16 @@ class Difference:
         return "\n".join(columns(self.rows(), right=(2, 3, 4)))
 
     def rows(self) -> list[tuple[str, ...]]:
-        """The table, its titles first."""
+        """The table, its titles first; of each section the first changes, and how many more."""
         found = [("", "", "this", "other", "")]
-        section = ""
-        for change in self.changes:
-            first = change.section if change.section != section else ""
-            section = change.section
-            mine, theirs = (shortened(_said(each, change.unit), 30) for each in (change.mine, change.theirs))
-            found.append((first, shortened(change.what, 44), mine, theirs, _percent(change.ratio)))
+        for section in dict.fromkeys(change.section for change in self.changes):
+            changes = [change for change in self.changes if change.section == section]
+            for place, change in enumerate(changes[:_MOST]):
+                mine, theirs = (shortened(_said(each, change.unit), 24) for each in (change.mine, change.theirs))
+                first = section if place == 0 else ""
+                found.append((first, shortened(change.what, 44), mine, theirs, _percent(change.ratio)))
+            if len(changes) > _MOST:
+                found.append(("", f"and {len(changes) - _MOST} more", "", "", ""))
         return found
 
 
@@ -138,9 +143,10 @@ def _placed(what: str, key: tuple[str, tuple[str, ...]], mine: "Report", theirs:
 
 
 def _together(rows: list[Row]) -> dict[tuple[str, int], list[Row]]:
+    """Rows by path and depth, those of equal layers together."""
     found: dict[tuple[str, int], list[Row]] = {}
-    for row in rows:
-        found.setdefault((row.path, row.depth), []).append(row)
+    for name, members in fold([row.path for row in rows], [(row.bytes, row.count, row.depth) for row in rows]):
+        found.setdefault((name, rows[members[0]].depth), []).extend(rows[index] for index in members)
     return found
 
 
@@ -153,7 +159,7 @@ def _flops(mine: "Report", theirs: "Report") -> Iterator[Change]:
     yield Change(
         section="flops", what="peak of one device", mine=mine.peak_flops, theirs=theirs.peak_flops, unit="FLOP"
     )
-    paths = [_sums(report.flops.by_path) if report.flops else {} for report in (mine, theirs)]
+    paths = [_folded(report.flops.by_path) if report.flops else {} for report in (mine, theirs)]
     yield from _keyed("flops", "FLOP", "{}", *paths)
 
 
@@ -174,6 +180,12 @@ def _figures(
 def _keyed(section: str, unit: str, what: str, mine: dict[str, Any], theirs: dict[str, Any]) -> Iterator[Change]:
     for key in dict.fromkeys([*mine, *theirs]):
         yield Change(section=section, what=what.format(key), mine=mine.get(key), theirs=theirs.get(key), unit=unit)
+
+
+def _folded(pairs: Sequence[tuple[str, float]]) -> dict[str, float]:
+    """Sums by path, those of equal layers together."""
+    folded = fold([path for path, _ in pairs], [number for _, number in pairs])
+    return {name: sum(pairs[index][1] for index in members) for name, members in folded}
 
 
 def _sums(pairs: Any) -> dict[str, Any]:

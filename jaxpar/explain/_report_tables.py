@@ -6,6 +6,7 @@ row: `blocks.[0-79].mlp.up`. Parts of a report that are not known are there and 
 
 import collections
 import dataclasses
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -349,8 +350,10 @@ def _groups_of(rows: Iterable[Row]) -> list[Group]:
     return [group(each) for each in together.values()]
 
 
-def _cost(each: Group) -> tuple[float, int]:
-    return (-each.seconds, -each.bytes) if each.seconds == each.seconds else (0.0, -each.bytes)
+def _cost(each: Group) -> tuple[float, float, int]:
+    """What costs most first: waiting, then transfers, then bytes."""
+    waited, seconds = (number if math.isfinite(number) else 0.0 for number in (each.exposed_seconds, each.seconds))
+    return -waited, -seconds, -each.bytes
 
 
 def _flops(report: "Report", whole: bool) -> Part:
@@ -373,7 +376,7 @@ def _flops(report: "Report", whole: bool) -> Part:
     most = len(folded) if whole else _FEW
     rows = tuple(
         (
-            name or "elsewhere",
+            name or "not named",
             flops_text(number),
             share_text(number, flops.hardware),
             Bar(fraction=number / flops.hardware),

@@ -73,7 +73,7 @@ class Subject:
         return batch[0].shape[0] if batch else 0
 
 
-def subject(step: Any, args: tuple[Any, ...], kwargs: dict[str, Any], on: AnyMesh | None) -> Subject:
+def subject(step: Any, args: tuple[Any, ...], kwargs: dict[str, Any], on: Any) -> Subject:
     """Make `step` with these arguments a function of arrays, on the mesh `on` or its own.
 
     Raises:
@@ -232,7 +232,15 @@ def _of_function(
     mesh = on if on is not None else next(iter(found), None)
     types = [_calls.type_of(array) for array in call.arrays]
     shapes = [jax.ShapeDtypeStruct(shape, dtype, weak_type=weak) for shape, dtype, weak in types]
-    closed = jax.make_jaxpr(flat)(*shapes)
+    try:
+        closed = jax.make_jaxpr(flat)(*shapes)
+    except ValueError as error:
+        if "`compiler_options` can only be passed to top-level" not in str(error):
+            raise
+        raise StepError(
+            f"explain: {name} is jitted with compiler_options, which JAX allows at the top alone. Give it without: "
+            f"explain(jax.jit({name}), ..., compiler_options=...)."
+        ) from error
     own = _jitted(closed)
     ins = [
         _placed(first, getattr(array, "sharding", None), mesh)

@@ -113,21 +113,19 @@ def missing(hardware: Hardware) -> str:
     return ""
 
 
-def refused_bytes(message: str, arguments: int) -> int:
+def refused_bytes(message: str) -> int:
     """Bytes that a device would need, of a compiler's refusal; 0 if it is no such refusal.
 
-    XLA:TPU says it in two ways: of the whole program, `Used 63.80G of 30.75G hbm`, or, when it gives up earlier, of its
-    temporaries alone; these come on top of the arguments.
+    XLA:TPU says it in two ways, `Used 63.80G of 30.75G hbm` and `HLO temporaries (26.51G) exceeds available HBM`; both
+    count arguments and results, too (a program of 10 GiB in and 10 GiB out, with 0.25 GiB of weights: 20.25G).
 
     Example:
-        >>> refused_bytes("Ran out of memory in memory space hbm. Used 63.50G of 30.75G hbm.", 2**30) / 2**30
+        >>> refused_bytes("Ran out of memory in memory space hbm. Used 63.50G of 30.75G hbm.") / 2**30
         63.5
     """
     whole = re.search(rf"Used {_SIZE} of [\d.]+[KMGT]? ?hbm", message)
-    if whole is not None:
-        return size_in_bytes(whole[1])
-    temporaries = re.search(rf"HLO temporaries \({_SIZE}\) exceeds available HBM", message)
-    return 0 if temporaries is None else size_in_bytes(temporaries[1]) + arguments
+    found = whole or re.search(rf"HLO temporaries \({_SIZE}\) exceeds available HBM", message)
+    return 0 if found is None else size_in_bytes(found[1])
 
 
 _SIZE = r"([\d.]+[KMGT]?)"

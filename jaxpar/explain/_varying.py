@@ -46,6 +46,7 @@ class Varying:
         self.crossed = {name: bits_of(mesh, axes) for name, axes in crossed.items()}
         self.everywhere = bits_of(mesh, mesh.names)
         self.known: dict[tuple[str, str], _Bits] = {}
+        self._open: set[str] = set()  # computations that are being gone through: a damaged text may call itself
         self._numbers: dict[tuple[str, str], int] = {}
         if program.entry:
             self._run(program.entry, [])
@@ -65,10 +66,12 @@ class Varying:
 
     def _run(self, name: str, given: Sequence[_Bits]) -> _Bits:
         computation = self.program.computations.get(name)
-        if computation is None:
+        if computation is None or name in self._open:
             return self.everywhere | _flat(list(given))
+        self._open.add(name)
         for op in computation.ops.values():
             self.known[name, op.name] = self._of(op, given)
+        self._open.remove(name)
         return self.known.get((name, computation.root), self.everywhere)
 
     def _of(self, op: Op, given: Sequence[_Bits]) -> _Bits:
@@ -82,9 +85,11 @@ class Varying:
         if opcode == "tuple":
             return operands
         if opcode == "get-tuple-element":
-            index = int(op.attribute("index") or 0)
+            index = op.attribute("index") or ""
             whole = operands[0] if operands else 0
-            return whole[index] if isinstance(whole, list) and index < len(whole) else _flat(whole)
+            if isinstance(whole, list) and index.isdigit() and int(index) < len(whole):
+                return whole[int(index)]
+            return _flat(whole)
         if opcode in ("fusion", "call", "async-start"):
             inside = (*op.names("calls"), *op.names("to_apply"))
             return self._run(inside[0], operands) if inside else _flat(operands)
@@ -170,12 +175,15 @@ def argument_bits(op: Op, mesh: MeshAxes) -> int | None:
         return None
     tiles, source, order, listed, rest = tiled.groups()
     shape = [int(size) for size in tiles.split(",")]
-    if source:
-        devices = np.arange(mesh.size).reshape([int(size) for size in source.split(",")])
-        devices = devices.transpose([int(dim) for dim in order.split(",")]) if order else devices
-    else:
-        devices = np.asarray([int(device) for device in listed.split(",")])
-    if devices.size != mesh.size or int(np.prod(shape)) != mesh.size:
+    try:
+        if source:
+            devices = np.arange(mesh.size).reshape([int(size) for size in source.split(",")])
+            devices = devices.transpose([int(dim) for dim in order.split(",")]) if order else devices
+        else:
+            devices = np.asarray([int(device) for device in listed.split(",")])
+    except ValueError:  # written for another mesh
+        return None
+    if int(np.prod(shape)) != mesh.size or not np.array_equal(np.sort(devices.ravel()), np.arange(mesh.size)):
         return None
     copies = shape[-1] if rest else 1
     tile = np.empty(mesh.size, dtype=np.int64)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import ClassVar, Literal
 
 from .._errors import ShardingError
-from .._rules import Draft, Leaf, check_patterns, largest_divisible, matches, way_out
+from .._rules import Draft, Leaf, check_patterns, fold_layers, largest_divisible, matches, way_out
 from .._strategy import Strategy
 
 
@@ -76,10 +76,13 @@ class FSDP(Strategy):
                 longest = max(range(leaf.ndim), key=lambda each: leaf.shape[leaf.layers + each])
                 whole = leaf.shape[leaf.layers + longest]
                 unit = size * whole // draft.free_size(leaf, longest)  # another strategy may split that dim too
+                shape = leaf.shape[leaf.layers :]
+                pieces = tuple(draft.free_size(leaf, each) for each in range(leaf.ndim))
+                shown = f"{shape}" if pieces == shape else f"{shape}, of which a device has {pieces} already,"
                 draft.problems.append(
-                    f"{leaf.path}: no dim of {leaf.shape[leaf.layers :]} divides by axis {self.axis!r} of size {size}. "
+                    f"{leaf.path}: no dim of {shown} divides by axis {self.axis!r} of size {size}. "
                     f"{way_out(whole, self.axis, unit)}, or leave it whole: "
-                    f'FSDP(whole=["{leaf.alias}"]).'
+                    f'FSDP(whole=["{fold_layers([leaf.alias])[0]}"]).'
                 )
                 continue
             leaf.split(dim, self.axis, by=self.label, why=why, where=("storage", "gradient", "slots"))

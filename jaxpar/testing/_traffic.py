@@ -1,6 +1,7 @@
-"""What a compiled program moves between devices, asserted exactly."""
+"""What a compiled program moves between devices, asserted exactly: against numbers, or against a file."""
 
 import dataclasses
+import os
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple, Self
 
@@ -11,6 +12,8 @@ from jaxpar import _hlo, _tree
 from jaxpar._errors import ShardingError, listed, nearest
 from jaxpar._hlo import Collective
 
+from . import _baseline
+
 
 class Traffic(tuple[Collective, ...]):
     """The collectives of one compiled program, in its order. A tuple that prints as a table.
@@ -18,18 +21,20 @@ class Traffic(tuple[Collective, ...]):
     Attributes:
         compiler: What compiled it: two compilers may move the same data by other means.
         axes: The axes of the mesh.
+        sizes: The size of each.
         unread: What could not be read of the program's text; empty for known compilers.
     """
 
     compiler: str
     axes: tuple[str, ...]
+    sizes: dict[str, int]
     unread: tuple[str, ...]
 
     def __new__(
-        cls, found: Iterable[Collective], *, compiler: str, axes: tuple[str, ...], unread: tuple[str, ...]
+        cls, found: Iterable[Collective], *, compiler: str, sizes: dict[str, int], unread: tuple[str, ...]
     ) -> Self:
         self = super().__new__(cls, found)
-        self.compiler, self.axes, self.unread = compiler, axes, unread
+        self.compiler, self.axes, self.sizes, self.unread = compiler, tuple(sizes), sizes, unread
         return self
 
     def __repr__(self) -> str:
@@ -90,39 +95,56 @@ def collectives(fn: Any, *args: Any, mesh: Any = None) -> Traffic:
             f"collectives: the program runs on {partitions} devices, the mesh {dict(mesh.shape)} has {axes.size}. "
             "Give the mesh that it was compiled for."
         )
-    return Traffic(module.collectives(axes), compiler=_compiler(mesh), axes=axes.names, unread=module.unread)
+    sizes = dict(zip(axes.names, axes.sizes, strict=True))
+    return Traffic(module.collectives(axes), compiler=_compiler(mesh), sizes=sizes, unread=module.unread)
 
 
 def assert_traffic(
-    fn_or_collectives: Callable[..., Any] | Iterable[Collective] | Any,
-    expected: Mapping[Any, int | Expect | None],
+    program: Callable[..., Any] | Iterable[Collective] | Any,
+    expected: Mapping[Any, int | Expect | None] | str | os.PathLike[str],
     *args: Any,
     mesh: Any = None,
 ) -> None:
     """Assert what a program moves between devices, exactly: all that is expected, and nothing else.
 
+    Expected is a count for each kind of collective, or a file that says what a program moved when it was last accepted.
+
     Counts are of tensors in one step: a combined all-reduce of three gradients is 3, one in a loop of 8 is 8.
 
+    A file holds bytes in a step by kind, axes and number of loops, and these are compared. How often collectives run
+    and where in the model is shown and not compared: compilers combine them as they like. Those under 1 KiB, such as
+    the sum of a loss, are left out. `pytest --update-traffic` (or `JAXPAR_UPDATE_TRAFFIC=1`) writes the files rather
+    than comparing; a file that is not there is a failure. Keep them under version control.
+
     Args:
-        fn_or_collectives: As for `collectives`; or what it gave, perhaps filtered.
+        program: As for `collectives`; or what it gave, perhaps filtered; or the report of `jp.explain`.
         expected: By `(kind, axes)`, or `(kind, axes, depth)` where the number of loops around it matters: a count, or
-            an `Expect` with bytes and rounds.
+            an `Expect` with bytes and rounds. Or the path of a file.
         args: Arguments of the function.
         mesh: As for `collectives`.
 
     Raises:
         AssertionError: With what was expected beside what was found, the source lines, and the compiler.
-        ShardingError: A key that names no collective, or an axis that the mesh has not.
+        ShardingError: A key that names no collective, or an axis that the mesh has not; a file of another mesh.
 
     Example:
         >>> mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
         >>> x = jax.device_put(jnp.ones((16, 4)), jax.sharding.NamedSharding(mesh, P("data")))
         >>> jp.testing.assert_traffic(lambda x: x.sum(0), {("all-reduce", "data"): 1}, x)
     """
-    is_given = isinstance(fn_or_collectives, list | tuple)
+    is_report = isinstance(getattr(program, "collectives", None), tuple)
+    is_given = is_report or isinstance(program, list | tuple)
     if is_given and (args or mesh is not None):
         raise ShardingError("assert_traffic: collectives are given, so arguments and a mesh have no effect.")
-    traffic = fn_or_collectives if is_given else collectives(fn_or_collectives, *args, mesh=mesh)
+    if isinstance(expected, str | os.PathLike):
+        _baseline.compare(_as_baseline(program if is_given else collectives(program, *args, mesh=mesh)), expected)
+        return
+    if is_report:
+        raise ShardingError(
+            "assert_traffic: a report has a row for each collective, not for each tensor. Compare it with a file, "
+            'assert_traffic(report, "traffic.json"), or give the step and its arguments to count tensors.'
+        )
+    traffic: Any = program if is_given else collectives(program, *args, mesh=mesh)
     wanted = _wanted(expected, getattr(traffic, "axes", None))
     found: dict[_Key, list[Collective]] = {key: [] for key in wanted}
     for each in traffic:
@@ -133,6 +155,14 @@ def assert_traffic(
     verdicts = {key: _verdict(wanted.get(key, Expect(count=0)), tally[key]) for key in found}
     if any(verdicts.values()):
         raise AssertionError(_failure(traffic, wanted, found, tally, verdicts))
+
+
+def _as_baseline(program: Any) -> _baseline.Baseline:
+    """Of a report, of what `collectives` gave, or of a part of that, which has forgotten its mesh."""
+    axes = getattr(program, "axes", {})
+    sizes = axes if isinstance(axes, dict) else getattr(program, "sizes", {})
+    rows = getattr(program, "collectives", program)
+    return _baseline.Baseline.of(rows, axes=sizes, compiler=getattr(program, "compiler", ""))
 
 
 def _compile(fn: Any, args: tuple[Any, ...]) -> Any:

@@ -4,6 +4,8 @@
     jaxpar_devices = 8       # simulate 8 CPU devices, and fail (never skip) where there are not 8
     jaxpar_strict = true     # dtype and rank promotion are errors; matmuls in the highest precision
 
+and `pytest --update-traffic` accepts what `assert_traffic(program, "file.json")` finds, rather than comparing.
+
 Imports no JAX when it is loaded, and does nothing unless asked. JAX reads its settings from the environment when it
 is imported; if a conftest has imported it already, they are set on it directly.
 """
@@ -22,13 +24,17 @@ _STRICT = {
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Declare the two settings."""
+    """Declare the two settings and the flag."""
+    group = parser.getgroup("jaxpar")
+    group.addoption("--update-traffic", action="store_true", help="write the files that assert_traffic compares with")
     parser.addini("jaxpar_devices", "CPU devices that JAX simulates in this suite; fails where there are not so many")
     parser.addini("jaxpar_strict", "strict dtype and rank promotion, and the highest matmul precision", type="bool")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """Set JAX up, before anything can start it."""
+    if config.getoption("--update-traffic"):
+        os.environ["JAXPAR_UPDATE_TRAFFIC"] = "1"
     if config.getini("jaxpar_strict"):
         for name, value in _STRICT.items():
             _set(name, value)

@@ -24,19 +24,23 @@ def loss(params, batch):
     return jnp.mean((batch["x"] @ params["w"] - batch["y"]) ** 2)
 
 
+SIZES = {"x": 64, "y": 32}
+
+
 def _recipe(**changes):
     fields = {
         "model": lambda: {"w": jnp.ones((64, 32)) / 64},
         "loss": loss,
         "optimizer": optax.adamw(1e-3),
         "strategies": [jp.DP(), jp.FSDP()],
-        "batch": {name: jax.ShapeDtypeStruct((16, size), jnp.float32) for name, size in {"x": 64, "y": 32}.items()},
+        "batch": {name: jax.ShapeDtypeStruct((16, size), jnp.float32) for name, size in SIZES.items()},
         "accumulate": 2,
     }
     return jp.Recipe(**(fields | changes))
 
 
 recipe = _recipe()
+long = _recipe(batch={name: jax.ShapeDtypeStruct((1 << 40, size), jnp.float32) for name, size in SIZES.items()})
 wrong = _recipe(strategies=[jp.DP(reduce=lambda grads, axes: {p: jax.lax.pmean(g, axes) for p, g in grads.items()})])
 
 
@@ -137,6 +141,14 @@ def test_verify_says_yes_with_0_and_no_with_1(capsys):
     assert all(group in out for group in ("outputs", "gradients", "updates"))
     assert main(["verify", "mine:wrong", "--mesh", "data=8"]) == 1
     assert "FAIL  gradients" in capsys.readouterr().out
+
+
+def test_verify_of_a_smaller_recipe(capsys):
+    """The numbers of fewer rows, and as refused as in Python."""
+    assert main(["verify", "mine:long", "--mesh", "data=8", "--batch-size", "16"]) == 0
+    assert "FAIL" not in capsys.readouterr().out
+    assert main(["verify", "mine:recipe", "--mesh", "data=8", "--layers", "2"]) == 2
+    assert "it has no jp.Stack" in capsys.readouterr().err
 
 
 # ---- train

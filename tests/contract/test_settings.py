@@ -179,6 +179,10 @@ RECIPE = {
 }
 
 
+def stack():
+    return jp.Stack(lambda rngs: nnx.Linear(64, 64, rngs=rngs), 3, rngs=nnx.Rngs(0))
+
+
 def noted(**options):
     return grads_on(jp.DP(), **options)[1]
 
@@ -245,6 +249,10 @@ OPTIONS = {
     (jp.BoundPlan.jit, "donate_argnums"): gives_away,
     (jp.BoundPlan.jit, "on_recompile"): refuses_to_compile_again,
     (jp.BoundPlan.jit, "compiler_options"): refuses_an_option,
+    (jp.Recipe.reduced, "layers"): lambda: (
+        recipe(model=stack).reduced(layers=2).on(jp.mesh(data=8)).plan.records["each.kernel"].shape[0] == 2
+    ),
+    (jp.Recipe.reduced, "batch_size"): lambda: recipe().reduced(batch_size=8).batch_size == 8,
     (jp.value_and_grad, "accumulate"): lambda: "replica" in noted(accumulate=2)[0],
     (jp.value_and_grad, "has_aux"): returns_aux,
     (jp.value_and_grad, "weight"): lambda: np.isclose(weighted_sum(1), weighted_sum(4)),
@@ -262,7 +270,7 @@ def test_every_setting_has_an_entry():
     }
     settings |= {
         (function, parameter.name)
-        for function in (jp.plan, jp.BoundPlan.jit, jp.value_and_grad)
+        for function in (jp.plan, jp.BoundPlan.jit, jp.Recipe.reduced, jp.value_and_grad)
         for parameter in inspect.signature(function).parameters.values()
         if parameter.kind == inspect.Parameter.KEYWORD_ONLY
     }

@@ -6,6 +6,8 @@ The programs are plain JAX, as a user would have written them, since under a pla
 import dataclasses
 import functools as ft
 import inspect
+import pathlib
+import random
 
 import flax.linen as nn
 import jax
@@ -17,10 +19,13 @@ from jax.sharding import NamedSharding, PartitionSpec as P
 
 import jaxpar as jp
 from jaxpar import _hardware, _hlo
+from jaxpar.explain._collectives import rows
 from jaxpar.explain._compiled import Compiled
+from jaxpar.explain._explain import explain
 from jaxpar.explain._findings import find
 from jaxpar.explain._memory import Held, Memory
-from jaxpar.explain._timeline import Timeline
+from jaxpar.explain._timeline import Timeline, predict
+from tests import _programs
 from tests.explain._described import array, compiled, findings, kinds, mesh
 
 D, F, LAYERS, ROUNDS, ROWS = 32, 64, 3, 4, 16
@@ -300,7 +305,7 @@ def test_the_compiler_s_own_complaint_is_a_finding():
 
 
 def test_activations_gathered_along_the_batch():
-    """FSDP by placement alone: at few tokens the compiler moves the activations. Reading the weights whole moves them."""
+    """FSDP by placement alone: at few tokens the compiler moves activations; of weights read whole, the weights."""
     on = mesh(fsdp=8)
 
     def step(params, batch, *, read):
@@ -395,7 +400,7 @@ def test_a_collective_in_a_branch_that_some_devices_take(collective):
 
 
 def test_the_stages_of_a_pipeline_may_branch_around_a_sum_of_their_own():
-    """A sum over `data` in a branch by stage runs in groups that all take the branch, or all do not; a permute hangs."""
+    """A sum over `data` in a branch by stage runs in groups that take it as one; a permute joins all, and hangs."""
     on = mesh(pipe=2, data=4)
 
     def step(params, batch, *, move):
@@ -460,6 +465,23 @@ def test_a_large_parameter_left_whole_and_its_products():
     assert kinds(run(None, "tensor"), above="none") == set()
 
 
+@pytest.mark.parametrize(("share", "is_dear"), [(0.1, False), (0.3, True)])
+def test_optimiser_state_that_is_whole_everywhere(plain, share, is_dear):
+    """Data parallelism keeps it so on purpose: only where it fills the memory is it worth a note."""
+    size = int(share * plain.hardware.memory)
+    arguments = [
+        dataclasses.replace(each, bytes=size) if each.kind == "optimizer" else each for each in plain.arguments
+    ]
+    found = find(_hlo.read(plain.text), dataclasses.replace(plain, arguments=tuple(arguments)))
+    if not is_dear:
+        assert found == ()
+        return
+    finding = one(found, "replicated")
+    assert finding.severity == "note"
+    assert finding.remedy == 'jp.ZeRO(1, axis="data")'
+    assert finding.bytes == size * 7 // 8
+
+
 def test_data_parallelism_holds_parameters_whole_on_purpose():
     on = mesh(data=8)
 
@@ -487,7 +509,7 @@ def test_state_that_is_not_donated():
     arguments = {"params": array(on, (D, F)), "batch": array(on, (ROWS, D), "data")}
     finding = one(findings(step, on, **arguments), "not-donated")
     assert finding.bytes == D * F * 4
-    assert "donate_argnames=('params',)" in finding.remedy
+    assert finding.place == "params"
     assert (
         kinds(findings(gradient, on, **arguments), above="none") == set()
     )  # of the same shape, and not its next value
@@ -572,7 +594,7 @@ def timeline_of(program, seconds, *, exposed=0.0, step=1.0):
         step_seconds=step, compute_seconds=step, communication_seconds=0.0, exposed_communication_seconds=exposed,
         bubble_seconds=0.0, low=step, high=step, events=(),
         transfers=dict.fromkeys(places, (seconds, 0, "ring")),
-        exposed={place: exposed / len(places) for place in places},
+        exposed=dict.fromkeys(places, exposed / len(places)),
     )  # fmt: skip
 
 
@@ -612,6 +634,101 @@ def test_collectives_too_small_to_pay():
     assert finding.severity == "warning"
     assert is_line_of(finding.place, test_collectives_too_small_to_pay)
     assert kinds(run(2), above="none") == set()
+
+
+DATA = pathlib.Path(__file__).parents[1] / "data" / "hlo"
+
+
+@pytest.mark.parametrize(
+    ("name", "is_slow"),
+    [
+        ("narrow_on", True),  # [2048, 2048] @ [2048, 8192] a chip, cut into sixteen windows
+        ("narrow_off", False),  # the same with the option of the remedy
+        ("wide_on", False),  # [16384, 8192] @ [8192, 8192]: windows wide enough
+    ],
+)
+def test_windowed_einsums(name, is_slow):
+    """XLA:TPU's own schedules for v5e 4x4, FSDP of one matrix."""
+    text = (DATA / f"tpu_windows_{name}.txt").read_text()
+    module = _hlo.read(text)
+    program = Compiled(
+        name="step", text=text, hardware=_hardware.parse("v5e:4x4"), axes=_hlo.MeshAxes(names=("fsdp",), sizes=(16,))
+    )
+    timeline = predict(module, program)
+    found = find(module, program, timeline=timeline, rows=rows(module, program, timeline))
+    if not is_slow:
+        assert "windowed-einsum" not in kinds(found, above="none")
+        return
+    finding = one(found, "windowed-einsum")
+    assert finding.severity == "warning"
+    assert 0 < finding.seconds < timeline.step_seconds
+    assert finding.place == "params at model.py:8"
+    assert 'jp.compiler_options("v5e", "no-windowed-einsum")' in finding.remedy
+
+
+# ---- good programs, and what is no program
+
+
+STRATEGIES = {
+    "linen": ({"data": 8}, [jp.DP(), jp.ZeRO(1)], 2),
+    "mlp": ({"data": 4, "tensor": 2}, [jp.DP(), jp.TP(column=["*up"], row=["*down"])], 1),
+    "pytree": ({"fsdp": 8}, [jp.FSDP()], 2),
+    "stack": ({"data": 2, "fsdp": 2, "tensor": 2}, None, 4),
+}
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_a_planned_step_gives_no_warning(name):
+    case = _programs.CASES[name]
+    axes, strategies, accumulate = STRATEGIES[name]
+    strategies = strategies or [jp.DP(), jp.FSDP(blocks=case.blocks), jp.TP(**case.tensor)]
+    plan = jp.plan(case.make, _programs.mesh(**axes), strategies)
+    step, args, _ = _programs._loop(plan.init(), plan, jp.value_and_grad(case.loss, accumulate=accumulate))
+    assert kinds(explain(step, *args, plan.batch(case.batch)).findings) == set()
+
+
+@pytest.mark.parametrize(
+    "text", ["", "garbage", "HloModule x\n\nENTRY %e () -> f32[] {\n  ROOT %c = f32[] foo(%d)\n}\n"]
+)
+@pytest.mark.parametrize("axes", [{}, {"data": 1}, {"data": 8}], ids=str)
+def test_nothing_is_found_in_nothing(text, axes):
+    mesh = _hlo.MeshAxes(names=tuple(axes), sizes=tuple(axes.values()))
+    program = Compiled(name="step", text=text, hardware=_hardware.parse("v5e:2x4"), axes=mesh)
+    assert find(_hlo.read(text), program) == ()
+
+
+def test_truncated_text_is_gone_through_as_far_as_it_reads():
+    """Each prefix of a real program, cut in the middle of loops, fusions and tables."""
+    text = (DATA / "tpu_fsdp_scan.txt").read_text()
+    axes = _hlo.MeshAxes(names=("fsdp", "tensor"), sizes=(4, 2))
+    for end in range(0, len(text), 1999):
+        program = Compiled(name="step", text=text[:end], hardware=_hardware.parse("v5e:2x4"), axes=axes)
+        assert "error" not in {each.severity for each in find(_hlo.read(program.text), program)}
+
+
+def test_damaged_text_is_never_a_traceback():
+    """Lines lost, doubled and swapped, names that call themselves, and the mesh of another program."""
+    texts = [(DATA / f"{name}.txt").read_text() for name in ("tpu_fsdp_scan", "gpu_nested")]
+    lines = "".join(texts).splitlines()
+    draw = random.Random(0)
+    for _ in range(12):
+        text = list(lines)
+        for _ in range(draw.randrange(1, 12)):
+            here, there = draw.randrange(len(text)), draw.randrange(len(text))
+            change = draw.choice(["lose", "double", "swap", "call"])
+            if change == "lose":
+                del text[here : here + draw.randrange(1, 40)]
+            elif change == "double":
+                text.insert(there, text[here])
+            elif change == "swap":
+                text[here], text[there] = text[there], text[here]
+            else:
+                text = [line.replace("calls=%fused_computation.2", "calls=%fused_computation") for line in text]
+        for axes in ({"fsdp": 4, "tensor": 2}, {"data": 5}):
+            mesh = _hlo.MeshAxes(names=tuple(axes), sizes=tuple(axes.values()))
+            program = Compiled(name="step", text="\n".join(text), hardware=_hardware.parse("v5e:2x4"), axes=mesh)
+            module = _hlo.read(program.text)
+            assert isinstance(find(module, program, rows=rows(module, program, None)), tuple)
 
 
 # ---- calls
@@ -655,3 +772,23 @@ def test_a_dim_that_no_strategy_reads(plain, name, is_met):
         assert found == ()
         return
     assert "'hidden' (1 leaves)" in one(found, "unmet-constraint").reason
+
+
+@pytest.mark.libtpu
+def test_a_program_for_hardware_that_is_elsewhere(tmp_path):
+    """The compiler's complaints come from its own process, and what the program shows already is not said twice."""
+    on = jp.mesh("v5e:2x4", fsdp=4, tensor=2)
+
+    def step(params, batch):
+        y = jax.lax.with_sharding_constraint(jnp.sin(batch) @ params, NamedSharding(on, P(None, "tensor")))
+        return jax.lax.with_sharding_constraint(jnp.cos(y), NamedSharding(on, P("fsdp")))
+
+    weights, rows = (
+        jax.ShapeDtypeStruct((1024, 1024), np.float32, sharding=NamedSharding(on, spec))
+        for spec in (P(None, "tensor"), P("fsdp"))
+    )
+    finding = one(explain(step, weights, rows, cache=tmp_path).findings, "full-rematerialisation")
+    assert "f32[1024,1024] is gathered over 'tensor', 4.0 MiB on each device" in finding.reason
+    assert is_line_of(finding.place, test_a_program_for_hardware_that_is_elsewhere)
+    (log,) = tmp_path.glob("*/log")
+    assert "Involuntary full rematerialization" in log.read_text()

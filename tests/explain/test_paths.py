@@ -38,6 +38,7 @@ BACK = "jit(f)/transpose(jvp(blocks))/while/body/closed_call/checkpoint"
         # A compiler drops the first scopes, merges operations, joins names, cuts names short.
         ("jit(f)/each/attn/mul", "blocks.each.attn", "", "mul"),
         (f"{IN_BLOCK}/attn/(q/dot_general:k/dot_general)", "blocks.each.attn", "forward", "dot_general"),
+        ("jit(f)/(jvp()/reduce_sum:transpose(jvp(embed))/dot_general)", "", "backward", ""),
         ("jit(f)/jvp(embed)/add;jit(f)/jvp(blocks)/mul", "embed", "forward", "add"),
         ("jit(f)/transpose(jvp(", "", "backward", ""),
         # What a plan moves is named by its whole path.

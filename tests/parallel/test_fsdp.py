@@ -193,3 +193,13 @@ def test_fsdp_that_changes_nothing_is_an_error():
         "FSDP(axis='data') changes nothing: of 1 leaves, the largest of 256 bytes, none is a matrix of at least "
         "min_bytes=4096 that may be split. Lower min_bytes, or use DP(axis='data')."
     )
+
+
+def test_a_dim_that_another_strategy_has_split_is_named_with_what_is_left():
+    """252 divides by 4; the half of it that TP leaves does not."""
+    with pytest.raises(ShardingError) as error:
+        planned(matrix(63, 252), jp.FSDP(), jp.TP(column="w"), mesh=jp.mesh(fsdp=4, tensor=2))
+    assert str(error.value) == (
+        "w: no dim of (63, 252), of which a device has (63, 126) already, divides by axis 'fsdp' of size 4. Use a "
+        "multiple of 8 (248 or 256 here), or another size of axis 'fsdp', or leave it whole: FSDP(whole=[\"w\"])."
+    )
