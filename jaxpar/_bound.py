@@ -132,9 +132,6 @@ class BoundPlan(Plan):
     precision: Precision
     again: Callable[..., "BoundPlan"]
     matcher: Matcher = dataclasses.field(init=False)
-    reads: set[str] = dataclasses.field(init=False, default_factory=set)
-    read_values: dict[Any, Any] = dataclasses.field(init=False, default_factory=dict)
-    trace_notes: list[str] = dataclasses.field(init=False, default_factory=list)
     _shardings: dict[PartitionSpec, NamedSharding] = dataclasses.field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:

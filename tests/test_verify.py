@@ -73,7 +73,7 @@ def test_a_right_step_passes_and_nothing_changes():
     params = {f"{layer}.{leaf}" for layer in ("up", "down") for leaf in ("kernel", "bias")}
     assert paths(found, "gradients") == params
     assert {f"model.{path}" for path in params} < paths(found, "updates")
-    assert {f"optimizer.opt_state.0.nu.{path}" for path in params} < paths(found, "updates")
+    assert {f"opt.opt_state.0.nu.{path}" for path in params} < paths(found, "updates")
     np.testing.assert_array_equal(before, model.up.kernel[...])
     assert "float64 on one device" in str(found)
 

@@ -27,7 +27,7 @@ class Event:
     """Something that a device does for a while, or equal things in a row.
 
     Attributes:
-        lane: `"compute"`, or the collective's axes joined by a comma, `"fsdp"`.
+        lane: `"compute"`, the collective's axes joined by a comma (`"fsdp"`), `"to host"` or `"from host"`.
         start: Seconds since the step began.
         seconds: How long, all repetitions together.
         count: Repetitions that are drawn as one: a loop's iterations.
