@@ -152,6 +152,58 @@ def test_follow_agrees_with_the_compiled_step(name, transform):
     assert compiled == sorted(told + loss), str(found)
 
 
+class Language(nnx.Module):
+    """A model whose first matrix is a table; tied, it is also its last."""
+
+    def __init__(self, rngs, *, tied):
+        self.embed = nnx.Embed(128, DIM, rngs=rngs)
+        self.block = Block(rngs)
+        self.head = None if tied else nnx.Linear(DIM, 128, use_bias=False, rngs=rngs)
+
+    def __call__(self, ids):
+        x = self.block(self.embed(ids))
+        return self.embed.attend(x) if self.head is None else self.head(x)
+
+
+def language_step(plan, call):
+    """What a training step of 64 tokens moves, and the step."""
+    model = plan.init()
+    step = plan.jit(jp.value_and_grad(lambda model, ids: jax.nn.logsumexp(call(model, ids), axis=-1).mean()))
+    found = testing.collectives(step, model, plan.batch(np.arange(64, dtype=np.int32).reshape(16, 4)))
+    return sorted((each.kind, each.axes, each.bytes) for each in found), step
+
+
+def gradients_told(plan):
+    moves = [move for path in plan.records for move in plan.follow(path).moves]
+    return [(move.kind, move.axes, move.bytes) for move in moves for _ in range(move.times)]
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_tables_are_summed_whole_and_gather_no_activation(tied):
+    """Of 64 tokens, fewer than the table has rows: over two axes a scatter-add cannot have what a product has."""
+    plan = jp.plan(
+        lambda: Language(nnx.Rngs(0), tied=tied), jp.mesh(data=2, fsdp=4), [jp.DP(), jp.FSDP()], optimizer=optax.sgd(0)
+    )
+    found, step = language_step(plan, lambda model, ids: model(ids))
+    table = (REDUCE, ("data", "fsdp"), 128 * DIM * 4)
+    twice = [table] * tied  # what is made of a tied table at either end is summed by itself
+    assert gradients_told(plan).count(table) == 1
+    assert found == sorted([*gradients_told(plan), *twice, (REDUCE, ("data", "fsdp"), 4)])
+    assert step.notes == ()
+
+
+def test_a_table_that_no_name_tells_is_found_where_it_is_looked_up():
+    params = {"words": jnp.ones((128, DIM)), "out": jnp.ones((DIM, 128))}
+    plan = jp.plan(lambda: params, jp.mesh(data=2, fsdp=4), [jp.DP(), jp.FSDP()])
+    found, step = language_step(plan, lambda params, ids: params["words"][ids] @ params["out"])
+    gathers = [(kind, axes, size) for kind, axes, size in found if kind not in (REDUCE, SCATTER)]
+    assert gathers == [(GATHER, ("fsdp",), 128 * DIM * 4)] * 2
+    assert (REDUCE, ("data", "fsdp"), 128 * DIM * 4) in found
+    assert step.notes == (
+        "looked up by index, which the plan did not foresee: words; these gradients are summed whole, as a table's",
+    )
+
+
 def test_a_hybrid_of_zero_and_fsdp():
     plan = jp.plan(make, jp.mesh(data=2, fsdp=4), [jp.ZeRO(1), jp.FSDP()])
     assert shown(plan.follow("blocks.0.up.kernel").moves) == [
@@ -395,7 +447,7 @@ def test_follow_tells_a_life():
 
 def test_follow_tells_of_zero_and_of_nothing_to_reduce():
     text = planned("zero 1").follow("inp.kernel").text
-    assert "  reduced   reduce-scatter gradient over data 12.0 KiB, before the update, of which each device" in text
+    assert "  reduced   reduce-scatter gradient over data 12.0 KiB, backward pass\n  updated   [-, data]" in text
     assert "  collected all-gather update over data 12.0 KiB, after the update" in text
     assert (
         "  reduced   not: every device has the whole gradient of its piece" in planned("tp").follow("inp.kernel").text

@@ -89,6 +89,7 @@ class Search:
     def __init__(self, recipe: Recipe):
         self.recipe = recipe
         self.programs: dict[tuple[str, tuple[tuple[str, int], ...]], Program] = {}
+        self.plan: Any = None  # of any mesh: what is said of the model alone
         self._traces: dict[Any, Trace] = {}
         self._layouts: dict[Any, str | None] = {}
 
@@ -127,6 +128,7 @@ class Search:
             program = self.recipe.on(mesh)
         except (ShardingError, StepError, MeshError) as error:
             return refused(target, axes, str(error))
+        self.plan = program.plan
         traced = self._traced(program)
         fault = self._layout_fault(program)
         if fault is not None:
@@ -229,6 +231,7 @@ def _refusal(program: Program) -> str | None:
 
 
 def _first_line(text: str) -> str:
-    lines = [line for line in text.splitlines() if line.strip()]
-    more = f" (and {len(lines) - 1} more lines)" if len(lines) > 2 else ""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    lines = lines[1:] if len(lines) > 1 and lines[0].endswith(":") else lines
+    more = f" (and {len(lines) - 1} more)" if len(lines) > 1 else ""
     return lines[0].partition(". ")[0].rstrip(".") + more if lines else text
