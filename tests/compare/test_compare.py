@@ -43,8 +43,7 @@ def test_the_batch_is_as_asked_for(large):
 
 def test_what_does_not_fit_says_by_how_much(large):
     alone = next(each for each in large.rejected if each.axes == {"data": 64})
-    assert "does not fit" in alone.reason
-    assert "of 95.7 GiB" in alone.reason
+    assert alone.reason.startswith("does not fit: state and gradients alone 119.7 GiB of 95.7 GiB")
     assert "optimizer 59.8 GiB" in alone.reason  # AdamW's two moments of 8,030,261,248 parameters
     for each in large.candidates:
         assert each.report.memory.peak <= each.report.memory.limit
@@ -236,7 +235,7 @@ def test_an_interrupt_keeps_what_is_done():
 
 @pytest.mark.libtpu
 def test_the_best_are_compiled_and_told_apart():
-    found = jp.compare(gpt.tiny(), "v5e:2x2", compile=2)
+    found = jp.compare(mlp(), "v5e:2x2", batch=8192, compile=2)
     compiled = [each for each in found.candidates if each.is_compiled]
     assert len(compiled) == 2
     assert found.candidates[:2] == tuple(compiled)

@@ -151,11 +151,10 @@ def test_memory_is_near_what_xla_cpu_needs(make, axes, least):
 
 
 @pytest.mark.libtpu
-@pytest.mark.parametrize("axes", [{"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}], ids=["fsdp", "all"])
-def test_estimates_are_near_what_xla_tpu_makes(axes):
-    """Peak memory within a third, computation too, and what is exposed of a step within a tenth of the step."""
+def test_an_estimate_is_near_what_xla_tpu_makes():
+    """Peak memory within a third, computation within a half, what is exposed within 15% of the step."""
     cfg = dataclasses.replace(SMALL, vocab_size=2048, max_positions=512, embed_dim=512, mlp_dim=2048)
-    program = gpt.recipe(cfg, batch=64).on(jp.mesh("v5e:2x4", **axes))
+    program = gpt.recipe(cfg, batch=64).on(jp.mesh("v5e:2x4", data=2, fsdp=2, tensor=2))
     found, truth = estimate(program), jp.explain(program)
     assert 0.75 < found.memory.peak / truth.memory.peak < 1.33
     assert 0.67 < found.timeline.compute_seconds / truth.timeline.compute_seconds < 1.5
