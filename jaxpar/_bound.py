@@ -52,7 +52,7 @@ def plan(
             no optimiser state. By default all are trained.
         dims: `(path pattern, names of dims)` rules for models that carry no names: `("*.wq", ("embed", "heads"))`. A
             first name `"layers"` says that the leaf stacks equal blocks, `...` that no further dim has a name:
-            `("blocks.*", ("layers", ...))`.
+            `("blocks.*", ("layers", ...))`; see `jp.gather`.
         precision: The dtypes in which parameters are stored, read and summed.
 
     Raises:

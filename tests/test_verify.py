@@ -211,6 +211,7 @@ def test_optimisers_in_a_container():
     assert found.ok
     assert paths(found, "gradients") == {"up.kernel", "up.bias", "down.kernel", "down.bias"}
     assert paths(found, "outputs") == {"loss", "step"}
+    assert {"state.opt.step", "state.opt.opt_state.0.mu.up.kernel"} <= paths(found, "updates")
 
 
 def test_two_optimisers():
