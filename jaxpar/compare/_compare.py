@@ -49,7 +49,7 @@ def compare(
 
     Raises:
         MeshError: The target is not known or nobody says how fast it is; or a strategy is on an axis that `jp.mesh`
-            lacks. If no mesh fits, that is a comparison too, with the reasons.
+            lacks; or no mesh has a plan. If none fits, that is a comparison, with the reasons.
         StepError: The batch cannot be made as asked, or the model refuses it.
 
     Example:
@@ -88,17 +88,20 @@ def compare(
         )
         if not candidates:
             raise
-    program = next(iter(search.programs.values()), None)
-    num_parameters = program.plan.totals().num_parameters if program is not None else 0
+    plan = search.plan
+    if plan is None:
+        reasons = "\n".join(f"  {each.target} {each.axes}: {each.detail or each.reason}" for each in rejected[:4])
+        raise MeshError(f"compare: no mesh of {', '.join(each.name for each in hardware)} has a plan:\n{reasons}")
     if tokens is None:
         notes.append(f"days and cost are for {TOKENS_PER_PARAMETER} tokens a parameter (tokens= for others)")
     return Comparison(
-        name=getattr(recipe.loss, "__qualname__", "recipe"),
+        name=type(plan.birth.build(plan.birth.shapes)).__name__,
+        targets=tuple(each.name for each in hardware),
         rows=recipe.batch_size,
         seq=_scale.sequence_length(recipe),
         num_tokens=num_tokens(recipe),
-        num_parameters=num_parameters,
-        train_tokens=TOKENS_PER_PARAMETER * num_parameters if tokens is None else _scale.number(tokens),
+        num_parameters=plan.totals().num_parameters,
+        train_tokens=TOKENS_PER_PARAMETER * plan.totals().num_parameters if tokens is None else _scale.number(tokens),
         price=_prices(price, hardware),
         candidates=tuple(ranked(candidates)),
         rejected=tuple(rejected),

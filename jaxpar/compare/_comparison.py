@@ -15,7 +15,8 @@ class Comparison:
     """Meshes of one recipe, the best first within each target, and those that it cannot be trained on.
 
     Attributes:
-        name: Of the recipe.
+        name: Of the model.
+        targets: The hardware, as it was named.
         rows: Of the global batch.
         seq: Tokens of a sequence; `None` if the batch has none.
         num_tokens: Tokens (rows, without a sequence) of the global batch.
@@ -29,6 +30,7 @@ class Comparison:
     """
 
     name: str
+    targets: tuple[str, ...]
     rows: int
     seq: int | None
     num_tokens: int
@@ -39,11 +41,6 @@ class Comparison:
     rejected: tuple[Rejected, ...] = ()
     notes: tuple[str, ...] = ()
     interrupted: bool = False
-
-    @property
-    def targets(self) -> tuple[str, ...]:
-        """The hardware, as it was named."""
-        return tuple(dict.fromkeys(each.target for each in (*self.candidates, *self.rejected)))
 
     @property
     def best(self) -> Candidate:
@@ -107,6 +104,7 @@ class Comparison:
         fields = {
             "format": 1,
             "name": self.name,
+            "targets": list(self.targets),
             "rows": self.rows,
             "seq": self.seq,
             "num_tokens": self.num_tokens,

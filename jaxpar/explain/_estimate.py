@@ -31,7 +31,6 @@ from . import _trace
 from ._axes import mesh_axes
 from ._coefficients import Coefficients, bounds, coefficients
 from ._collectives import Row
-from ._flops import Flops
 from ._memory import Held, Memory
 from ._report import Report
 from ._spread import Split, Spread

@@ -1,7 +1,7 @@
 """Step times published of real TPUs, beside what is predicted from a program compiled of the same configuration.
 
-No hardware and no compiler: the texts lie in `tests/data/step_time`, `published.toml` there says what they are. No
-coefficient was fitted to any one of them; see `jaxpar/explain/_coefficients.toml`.
+No hardware and no compiler: the texts lie in `tests/data/step_time`, `published.toml` there says what they are. Which
+of them were in sight when coefficients were settled is said in `jaxpar/explain/_coefficients.toml`.
 """
 
 import dataclasses

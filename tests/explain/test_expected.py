@@ -191,8 +191,9 @@ PROGRAMS = {
         [jp.DP(), BLOCKS, TP],
         {(REDUCE, T, TOKENS // 4 * DIM * 4): ACTIVATIONS}
         | each(GATHER, F, {MATRIX // 2: 4 * DEPTH, FIRST: 1})
-        | each(SCATTER, F, HALVES)
-        | each(REDUCE, D, scaled(HALVES, 1 / 2))
+        | each(SCATTER, F, {MATRIX // 2: 2 * DEPTH})
+        | each(REDUCE, D, {MATRIX // 4: 2 * DEPTH})
+        | each(REDUCE, (*D, *F), {FIRST: 1})  # whole, as tensor splits neither it nor the batch: `gradient_route`
         | loss((*D, *F)),
         BLOCK_WORDS
         | {
