@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+
 import jaxpar as jp
 from jaxpar import _tree, testing
 from tests import _programs as programs
