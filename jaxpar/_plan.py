@@ -364,12 +364,13 @@ def _gradient_moves(plan: Plan, record: Record, times: int, where: str) -> Itera
     early = set(crossed) & _spec_axes(first)
     late = set(crossed) - early
     size = _bytes_of_one(plan, record, drop_axes(first, crossed), record.dtype)
+    uses = ", for each use of it" if record.role == TABLE else ""  # a tied one has two
     for kind, over in (
         ("reduce-scatter", early),
         ("reduce-scatter" if late <= _spec_axes(last) else "all-reduce", late),
     ):
         if over:
-            axes, when = _in_order(plan, over), f"backward pass{where}"
+            axes, when = _in_order(plan, over), f"backward pass{where}{uses}"
             yield Move(what="gradient", kind=kind, axes=axes, bytes=size, times=times, when=when)
             size //= math.prod(plan.axes[axis] for axis in axes)
 

@@ -1,6 +1,7 @@
-"""What the TPU compiler makes of a plan, without a TPU: peak memory of FSDP, and where gradients are reduced."""
+"""What the TPU compiler makes of a plan, without a TPU: peak memory of FSDP, and how gradients are reduced."""
 
 import functools as ft
+import math
 
 import jax
 import jax.numpy as jnp
@@ -95,3 +96,38 @@ def test_accumulation_reduces_once():
     assert over_data
     assert {(each.depth, each.count) for each in over_data} == {(0, 1)}
     assert {each.kind for each in over_data} <= {"all-reduce", "reduce-scatter"}
+
+
+def sums(strategies, **axes):
+    """How a step with Adam sums the gradients of two blocks, 1024 wide: kind, spelling, axes and bytes of each."""
+    mesh = tpu_mesh("v5e:2x4", **axes)
+    plan = jp.plan(lambda: Blocks(1024, 2, rngs=nnx.Rngs(0)), mesh, strategies)
+    loss = nnx.value_and_grad(lambda model, x: jnp.mean(model(x) ** 2))
+    compiled = lowered(plan, optax.adam(1e-3), loss, jax.ShapeDtypeStruct((64, 1024), jnp.float32)).compile()
+    found = testing.collectives(compiled, mesh=mesh)
+    reductions = [each for each in found if each.shape and each.kind in ("all-reduce", "reduce-scatter")]
+    return {(each.kind, each.spelling, each.axes, math.ceil(each.bytes / MIB)) for each in reductions}, found
+
+
+FUSED = ("reduce-scatter", "fusion all-reduce-scatter")
+
+
+def test_gradients_are_scattered_over_one_axis_and_summed_over_the_other_in_pieces():
+    """Not summed whole over both and then cut, which is 1.75 times their bytes on the wire, rather than once."""
+    found, _ = sums([jp.DP(), jp.FSDP()], data=2, fsdp=4)
+    assert found >= {(*FUSED, ("fsdp",), 16), ("all-reduce", "all-reduce", ("data",), 4)}
+    assert all(axes != ("data", "fsdp") for _, _, axes, _ in found)
+
+
+def test_tensor_parallel_gradients_too():
+    found, _ = sums([jp.DP(), jp.FSDP(), jp.TP(column="*.up", row="*.down")], data=2, fsdp=2, tensor=2)
+    activations = ("all-reduce", "all-reduce", ("tensor",), 1)
+    assert found == {(*FUSED, ("fsdp",), 8), ("all-reduce", "all-reduce", ("data",), 4), activations}
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_zero_scatters_gradients_and_gathers_parameters(stage):
+    """At either stage a real reduce-scatter: no more on the wire than an all-reduce of the gradients."""
+    found, traffic = sums([jp.ZeRO(stage)], data=8)
+    assert found == {(*FUSED, ("data",), 16)}
+    assert [each.bytes for each in traffic if each.kind == "all-gather"] == [16 * MIB] * 4

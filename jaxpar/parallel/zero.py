@@ -12,10 +12,11 @@ from .._strategy import Strategy
 class ZeRO(Strategy):
     """Shard optimiser state, and at stage 2 accumulated gradients, over an axis that replicates the parameters.
 
-    Moves: at stage 2 gradients are reduce-scattered, each device updates its part, and the updated parameters are
-    all-gathered: the same bytes as `DP`. At stage 1 gradients are summed whole and each device keeps its part, which
-    compilers may or may not make a reduce-scatter; if not, half as much again. Memory: optimiser state (and
-    accumulated gradients) divide by the axis size. Stands beside `DP` on the same axis, or alone for both.
+    Moves: gradients are reduce-scattered, each device updates its part, and the updated parameters are all-gathered:
+    the same bytes as `DP`. An update that is not made element by element, such as Muon's, gathers what it needs whole
+    besides. With accumulation stage 1 keeps a whole accumulator and reduces once a step, stage 2 as `reduce` says.
+    Memory: optimiser state (and accumulated gradients) divide by the axis size. Stands beside `DP` on the same axis, or
+    alone for both.
 
     Args:
         stage: 1 or 2.

@@ -35,7 +35,7 @@ EXPECTED = {
         ("all-reduce", BOTH, False): VECTORS + SCALARS,
     },
     "zero1": {
-        ("reduce-scatter", DATA, False): MATRICES,  # asked for as an all-reduce, of which each device keeps its piece
+        ("reduce-scatter", DATA, False): MATRICES,
         ("all-reduce", DATA, False): VECTORS + SCALARS,
         ("reduce-scatter", FSDP, True): MATRICES + TWICE,
         ("all-reduce", FSDP, True): VECTORS + SCALARS,
