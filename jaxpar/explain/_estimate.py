@@ -23,6 +23,7 @@ import jax
 import numpy as np
 
 from .. import _mesh
+from .._compat import scan_counts
 from .._context import axes_at
 from .._plan import Move, Record
 from .._plan_text import move_text
@@ -532,7 +533,7 @@ def _invariant(op: Op) -> set[int]:
     if op.name != "scan":
         return set()
     (block,) = op.blocks
-    same = {id(value) for value in block.inputs[: op.params["num_consts"]]}
+    same = {id(value) for value in block.inputs[: scan_counts(op.params)[0]]}
     found: set[int] = set()
     for each in block.ops:
         if not each.blocks and all(value is None or id(value) in same for value in each.inputs):
