@@ -250,7 +250,8 @@ def _stack_blocks(tree: PyTree, pattern: str, policy: str | None) -> None:
     if not _tree.is_graph(tree):
         raise ShardingError(
             f"blocks={pattern!r}: only nnx modules can be stacked, and the factory makes a {type(tree).__name__}. "
-            "Stack equal blocks yourself, scan over their first dim, and name it: dims=[('blocks.*', ('layers', ...))]."
+            "Stack equal blocks yourself, name their first dim, dims=[('blocks.*', ('layers', ...))], and scan over "
+            "it, with jp.gather(layer) in the body."
         )
     from flax import nnx
 

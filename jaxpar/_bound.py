@@ -52,7 +52,7 @@ def plan(
             no optimiser state. By default all are trained.
         dims: `(path pattern, names of dims)` rules for models that carry no names: `("*.wq", ("embed", "heads"))`. A
             first name `"layers"` says that the leaf stacks equal blocks, `...` that no further dim has a name:
-            `("blocks.*", ("layers", ...))`.
+            `("blocks.*", ("layers", ...))`; see `jp.gather`.
         precision: The dtypes in which parameters are stored, read and summed.
 
     Raises:
@@ -132,9 +132,6 @@ class BoundPlan(Plan):
     precision: Precision
     again: Callable[..., "BoundPlan"]
     matcher: Matcher = dataclasses.field(init=False)
-    reads: set[str] = dataclasses.field(init=False, default_factory=set)
-    read_values: dict[Any, Any] = dataclasses.field(init=False, default_factory=dict)
-    trace_notes: list[str] = dataclasses.field(init=False, default_factory=list)
     _shardings: dict[PartitionSpec, NamedSharding] = dataclasses.field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:

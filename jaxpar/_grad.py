@@ -54,9 +54,10 @@ def value_and_grad(
 
     and with `has_aux` a pair of that and a pytree, which for `accumulate > 1` is of scalars and is averaged by weight.
 
-    Moves: gradients cross each axis that replicates parameters once a call, whatever `accumulate` is, and axes that
-    shard parameters as `FSDP(reduce=...)` says. Memory: with `accumulate`, one microbatch of activations, and one
-    accumulator of the gradients in float32.
+    Moves: parameters of a plain pytree are gathered at the start of the loss, but for those that it gathers itself
+    (`jp.gather`); those of nnx modules where they are read. Gradients cross each axis that replicates parameters once
+    a call, whatever `accumulate` is, and axes that shard parameters as `FSDP(reduce=...)` says. Memory: with
+    `accumulate`, one microbatch of activations, and one accumulator of the gradients in float32.
 
     Args:
         loss: The loss.

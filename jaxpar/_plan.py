@@ -358,7 +358,7 @@ def gradient_route(plan: Plan, record: Record, crossed: Axes, *, table: bool) ->
 
 
 def _gradient_moves(plan: Plan, record: Record, times: int, where: str) -> Iterator[Move]:
-    """How the gradient is summed over the axes of the batch: scattered over what cuts it, then in pieces."""
+    """How the gradient is summed over the batch axes: scattered over those that cut it, in pieces over others."""
     crossed = tuple(axis for axis in plan.batch_axes if plan.axes[axis] > 1)
     first, last = gradient_route(plan, record, crossed, table=record.role == TABLE)
     early = set(crossed) & _spec_axes(first)

@@ -15,6 +15,7 @@ from . import _bound, _mesh, _tree
 from ._bound import BoundPlan
 from ._errors import StepError
 from ._grad import differentiate
+from ._hardware import counted
 from ._planned import gather_others, gathered_by
 from ._precision import Precision, cast
 from ._reduced import FewerLayers, fewer_rows
@@ -213,7 +214,8 @@ class Program:
         shards, accumulate = self.plan.num_batch_shards, self.recipe.accumulate
         each = self.recipe.batch_size // shards // accumulate
         total = self.recipe.batch_size
-        return f"global batch {total} = {each} per device x {accumulate} microbatches x {shards} batch shards"
+        micro = f"{accumulate} microbatch{'' if accumulate == 1 else 'es'}"
+        return f"global batch {total} = {each} per device x {micro} x {counted(shards, 'batch shard')}"
 
     def init(self) -> dict[str, Any]:
         """The state to train: `{"model", "optimizer"}`, every array born where the plan wants it.

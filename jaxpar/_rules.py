@@ -143,7 +143,6 @@ class Draft:
     problems: list[str] = dataclasses.field(default_factory=list)
     inactive: list[tuple[str, str]] = dataclasses.field(default_factory=list)
     notes: list[str] = dataclasses.field(default_factory=list)
-    used: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def split_dim(self, dim: str, axis: str) -> None:
         """Split the logical dim `dim` of activations over `axis` too."""
@@ -213,9 +212,6 @@ def way_out(size: int, axis: str, axis_size: int) -> str:
     nearest_sizes = f"{below} or {below + axis_size}" if below else f"{axis_size}"
     return f"Use a multiple of {axis_size} ({nearest_sizes} here), or another size of axis {axis!r}"
 
-
-Names = tuple[str | None, ...]
-"""The logical name of each dim, `None` for one without."""
 
 KNOWN = ("embed", "heads", "kv", "mlp", "vocab")
 """Names of dims of parameters that strategies read."""

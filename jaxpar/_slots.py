@@ -54,7 +54,6 @@ class Matcher:
 
     def __init__(self, records: Mapping[str, Record]):
         self._by_suffix: dict[tuple[str, ...], list[Record]] = {}
-        self._paths = records
         for record in records.values():
             if record.slot not in ("parameter", "frozen"):
                 continue

@@ -11,6 +11,8 @@ from typing import Any
 
 from jax.extend import core as jax_core
 
+from ._compat import scan_counts
+
 UNMAPPABLE = {"conv_general_dilated": "a convolution", "ragged_dot": "ragged_dot", "ragged_dot_general": "ragged_dot"}
 RANDOM = ("random_bits", "threefry2x32", "rng_bit_generator")
 
@@ -98,7 +100,7 @@ def kept_by_scans(jaxpr: Any, tag: str) -> bool:
 
     def leave(eqn: Any, outputs: list[set[Any]]) -> None:
         if eqn.primitive.name == "scan":
-            found.extend(tag in each for each in outputs[eqn.params["num_carry"] :])
+            found.extend(tag in each for each in outputs[scan_counts(eqn.params)[1] :])
 
     _follow(jaxpr, [{"input"} for _ in jaxpr.invars], meet, leave)
     return any(found)

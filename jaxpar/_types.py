@@ -3,14 +3,10 @@
 from collections.abc import Callable
 from typing import Any
 
-import jax
 from jax.sharding import AbstractMesh, Mesh
 
 PyTree = Any
 """Anything `jax.tree` can walk, or an nnx graph node."""
-
-ArrayLike = jax.Array | jax.ShapeDtypeStruct
-"""A leaf: an array, or its shape and dtype alone."""
 
 AnyMesh = Mesh | AbstractMesh
 """A mesh of devices that are here, or of hardware that is not."""

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -111,8 +111,11 @@ def _verify_program(program: Program, batch: PyTree | None = None) -> Comparison
 def _verify_step(plan: BoundPlan, function: Callable[..., Any], args: tuple[Any, ...]) -> Comparison:
     args = tuple(_with_arrays(arg) for arg in args)
     _check_fits(plan, args)
-    leaves, treedef = jax.tree.flatten(args, is_leaf=lambda each: _tree.is_graph_node(each) or _is_train_state(each))
-    optimizers = _optimizers(leaves)
+    is_leaf = lambda each: _tree.is_graph_node(each) or _is_train_state(each)
+    with_keys, treedef = jax.tree_util.tree_flatten_with_path(args, is_leaf=is_leaf)
+    leaves = [leaf for _, leaf in with_keys]
+    names = _calls.argument_names(function)
+    optimizers = _optimizers(leaves, [_named(_tree.path_of(keys), names) for keys, _ in with_keys])
     if not optimizers:
         return _hidden(plan, function, args)
     recording = [optimizers[index].recording if index in optimizers else leaf for index, leaf in enumerate(leaves)]
@@ -124,7 +127,7 @@ def _verify_step(plan: BoundPlan, function: Callable[..., Any], args: tuple[Any,
             table = _with_note(
                 table, f"updates are not compared, since the optimiser takes more than gradients: {error}"
             )
-    return table
+    return dataclasses.replace(table, rows=tuple(_worst_of_each(table.rows)))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -136,12 +139,14 @@ class _Optimizer:
         apply: One update, `apply(*args, gradients)`, with gradients by path.
         args: What `apply` takes first.
         params: The parameters it updates, by path.
+        names: What the step calls `args`.
     """
 
     recording: Any
     apply: Callable[..., Any]
     args: tuple[Any, ...]
     params: dict[str, Any]
+    names: tuple[str, ...] = ()
 
 
 class Kept(NamedTuple):
@@ -154,7 +159,7 @@ def _recorded(plan: BoundPlan, function: Callable[..., Any], args: PyTree, *, se
     """A step whose optimisers only record: outputs, gradients by parameter, and what else it changes."""
     table = _runs(plan, function, args)
     names = _calls.argument_names(function)
-    rows: dict[tuple[str, str], Row] = {}
+    rows = []
     for row in table.rows:
         head, _, kept = row.path.partition(".kept.")
         if kept:
@@ -166,9 +171,18 @@ def _recorded(plan: BoundPlan, function: Callable[..., Any], args: PyTree, *, se
             new = dataclasses.replace(row, path=_named(row.path, names))
         else:
             new = row
-        rows[new.group, new.path] = max(new, rows.get((new.group, new.path), new), key=lambda each: each.share)
+        rows.append(new)
     order = ("outputs", "gradients", "updates")
-    return dataclasses.replace(table, rows=tuple(sorted(rows.values(), key=lambda row: order.index(row.group))))
+    rows = sorted(_worst_of_each(rows), key=lambda row: order.index(row.group))
+    return dataclasses.replace(table, rows=tuple(rows))
+
+
+def _worst_of_each(rows: Iterable[Row]) -> list[Row]:
+    """One row for each leaf: what two runs compare, or a step returns twice, counts once, at its worst."""
+    worst: dict[tuple[str, str], Row] = {}
+    for row in rows:
+        worst[row.group, row.path] = max(row, worst.get((row.group, row.path), row), key=lambda each: each.share)
+    return list(worst.values())
 
 
 def _updates(plan: BoundPlan, optimizer: _Optimizer) -> Comparison:
@@ -179,7 +193,7 @@ def _updates(plan: BoundPlan, optimizer: _Optimizer) -> Comparison:
     }
     gradients = jax.device_put(values, plan.shardings(values))
     table = _runs(plan, optimizer.apply, (*optimizer.args, gradients), reads=False)
-    names = _calls.argument_names(optimizer.apply)
+    names = optimizer.names
     rows = [
         dataclasses.replace(row, group="updates", path=_named(row.path, names) if row.group == "updates" else row.path)
         for row in table.rows
@@ -239,7 +253,7 @@ def _with_note(table: Comparison, note: str) -> Comparison:
     return dataclasses.replace(table, notes=(*table.notes, note))
 
 
-def _optimizers(leaves: list[Any]) -> dict[int, _Optimizer]:
+def _optimizers(leaves: list[Any], names: list[str]) -> dict[int, _Optimizer]:
     """The optimisers among a step's arguments, by position: `nnx.Optimizer`s, and Flax's `TrainState`s."""
     found = {}
     for index, leaf in enumerate(leaves):
@@ -248,7 +262,8 @@ def _optimizers(leaves: list[Any]) -> dict[int, _Optimizer]:
         elif _is_optimizer(leaf):
             model = _model_of(leaf, leaves)
             if model is not None:
-                found[index] = _of_module(model, leaf)
+                at = next(at for at, each in enumerate(leaves) if each is model)
+                found[index] = _of_module(model, leaf, (names[at], names[index]))
     return found
 
 
@@ -260,7 +275,7 @@ def _is_optimizer(node: Any) -> bool:
     return _tree.is_graph_node(node) and hasattr(node, "tx") and hasattr(node, "wrt")
 
 
-def _of_module(model: Any, optimizer: Any) -> _Optimizer:
+def _of_module(model: Any, optimizer: Any, names: tuple[str, str]) -> _Optimizer:
     from flax import nnx
 
     def apply(model: Any, optimizer: Any, gradients: dict[str, Any]) -> None:
@@ -273,6 +288,7 @@ def _of_module(model: Any, optimizer: Any) -> _Optimizer:
         apply=apply,
         args=(model, optimizer),
         params=_trained_by(optimizer, model),
+        names=names,
     )
 
 

@@ -421,5 +421,6 @@ def test_a_list_that_holds_no_modules_is_an_error():
 def test_blocks_of_a_plain_pytree_are_an_error():
     assert refused(lambda: {"blocks": [{"w": jnp.ones((4, 4))}] * 2}) == (
         "blocks='blocks.*': only nnx modules can be stacked, and the factory makes a dict. Stack equal blocks "
-        "yourself, scan over their first dim, and name it: dims=[('blocks.*', ('layers', ...))]."
+        "yourself, name their first dim, dims=[('blocks.*', ('layers', ...))], and scan over it, with jp.gather(layer) "
+        "in the body."
     )

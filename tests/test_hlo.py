@@ -554,3 +554,58 @@ def test_damaged_text_never_raises(name):
 def test_a_computation_that_calls_itself():
     text = entry("ROOT %c = f32[8] call(%c), to_apply=%main")
     assert _hlo.read(text).collectives(MESH) == ()
+
+
+def test_an_operation_may_go_on_over_several_lines():
+    """XLA:TPU writes the metadata of a Pallas kernel so; its last line looks like the end of a computation."""
+    kernel = (
+        '  %k = f32[8] custom-call(%p), custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={\n'
+        '"xprof_metadata":"{\\"block_q\\": 512}"\n}}, metadata={op_name="jit(f)/attention/pallas_call"}\n'
+    )
+    start = "HloModule m\n\nENTRY %main () -> f32[8] {\n  %p = f32[8] parameter(0)\n"
+    text = f"{start}{kernel}  ROOT %n = f32[8] negate(%k)\n}}\n"
+    module = _hlo.read(text)
+    ops = module.program.computations["main"].ops
+
+    assert module.unread == ()
+    assert list(ops) == ["p", "k", "n"]
+    assert 'op_name="jit(f)/attention/pallas_call"' in ops["k"].attributes
+
+    cut = _hlo.read(text[: text.index("}}, metadata")])
+    assert list(cut.program.computations["main"].ops) == ["p", "k"]
+
+
+def test_arrays_say_which_memory_they_are_in():
+    arrays = "(f32[8]{0:T(8)S(5)}, bf16[8,128]{1,0:T(8,128)(2,1)}, u32[]{:S(2)})"
+    text = f"HloModule m\n\nENTRY %main () -> f32[8] {{\n  %p = {arrays} parameter(0)\n}}\n"
+    shapes = _hlo.read(text).program.computations["main"].ops["p"].shapes
+
+    assert [shape.space for shape in shapes] == [5, 0, 2]
+
+
+@pytest.mark.parametrize(
+    ("groups", "num_devices", "slices", "axes"),
+    [
+        (["[1,256]<=[256]"], 256, 1, {"x": 256}),
+        (["[16,16]<=[256]", "[16,16]<=[16,16]T(1,0)"], 256, 1, {"x": 16, "y": 16}),
+        (["[32,8]<=[256]"], 256, 1, {"x": 32, "y": 8}),
+        (["[4,2]<=[2,2,2]T(0,2,1)"], 8, 1, {"x": 2, "y": 2, "z": 2}),
+        (["mesh['axis_0'=16,'axis_1'=16] {'axis_1'}"], 256, 1, {"x": 16, "y": 16}),
+        (["mesh['data'=1,'fsdp'=16,'tensor'=16] {'tensor'}"], 256, 1, {"fsdp": 16, "tensor": 16}),
+        (["[16,16]<=[256]"], 512, 2, {"slice": 2, "x": 16, "y": 16}),
+        ([], 8, 1, {"x": 8}),
+    ],
+    ids=str,
+)
+def test_axes_of_a_program_whose_mesh_nobody_gave(groups, num_devices, slices, axes):
+    lines = [
+        f"  %g{at} = f32[256] all-gather(%p), replica_groups={each}, dimensions={{0}}, channel_id={at}"
+        for at, each in enumerate(groups)
+    ]
+    per_slice = num_devices // slices
+    header = f"HloModule m, num_partitions={per_slice}\n\nENTRY %main () -> f32[1] {{\n  %p = f32[1] parameter(0)\n"
+    module = _hlo.read(header + "\n".join(lines) + "\n}\n")
+    of = tuple(at // per_slice for at in range(num_devices)) if slices > 1 else ()
+    found = module.axes(num_devices, of)
+
+    assert dict(zip(found.names, found.sizes, strict=True)) == axes

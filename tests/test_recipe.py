@@ -112,6 +112,7 @@ def test_a_program_says_its_batch_and_precision(clipped):
     shards = program.plan.num_batch_shards
     text = str(program)
     assert f"global batch 16 = {16 // shards // 2} per device x 2 microbatches x {shards} batch shards" in text
+    assert "= 16 per device x 1 microbatch x 1 batch shard\n" in str(make().on(programs.mesh(tensor=8)))
     assert "precision: parameters as given, compute as stored, reduce float32, output as computed" in text
 
 

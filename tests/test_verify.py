@@ -73,7 +73,7 @@ def test_a_right_step_passes_and_nothing_changes():
     params = {f"{layer}.{leaf}" for layer in ("up", "down") for leaf in ("kernel", "bias")}
     assert paths(found, "gradients") == params
     assert {f"model.{path}" for path in params} < paths(found, "updates")
-    assert {f"optimizer.opt_state.0.nu.{path}" for path in params} < paths(found, "updates")
+    assert {f"opt.opt_state.0.nu.{path}" for path in params} < paths(found, "updates")
     np.testing.assert_array_equal(before, model.up.kernel[...])
     assert "float64 on one device" in str(found)
 
@@ -211,6 +211,7 @@ def test_optimisers_in_a_container():
     assert found.ok
     assert paths(found, "gradients") == {"up.kernel", "up.bias", "down.kernel", "down.bias"}
     assert paths(found, "outputs") == {"loss", "step"}
+    assert {"state.opt.step", "state.opt.opt_state.0.mu.up.kernel"} <= paths(found, "updates")
 
 
 def test_two_optimisers():

@@ -42,7 +42,7 @@ def traffic(program: Program, op: Op) -> float:
     if is_free(op):
         return 0.0
     computation = program.computations.get(op.computation)
-    inner = next((program.computations[name] for name in op.names("calls") if name in program.computations), None)
+    inner = _called(program, op)
     if computation is None:
         return 0.0
     if op.opcode != "fusion" or inner is None:
@@ -53,6 +53,10 @@ def traffic(program: Program, op: Op) -> float:
         if made is not None:
             read += _read_of(program, inner, index, made)
     return read + _written(inner, op)
+
+
+def _called(program: Program, op: Op) -> Computation | None:
+    return next((program.computations[name] for name in op.names("calls") if name in program.computations), None)
 
 
 def _plain_traffic(computation: Computation, op: Op) -> float:
@@ -81,6 +85,8 @@ def _read_of(program: Program, inner: Computation, index: int, made: Op) -> floa
             total += sum(shape.bytes for shape in user.shapes)
         elif user.opcode == "dynamic-update-slice" and at == 0:
             continue  # in place
+        elif user.opcode == "fusion" and (nested := _called(program, user)) is not None:
+            total += _read_of(program, nested, at, parameter)
         elif user.opcode == "tuple" or _is_collective(user):
             continue  # handed on, or sent: links are another account
         else:

@@ -12,7 +12,7 @@ import platform
 import subprocess
 import sys
 
-CORE = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "chex", "numpy", "tyro")
+CORE = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "rich", "tyro")
 OPTIONAL = ("libtpu", "jax-cuda13-plugin", "jax-cuda12-plugin")
 EXTRAS = {  # the extra: what it is for, and modules that show whether it is installed
     "cuda13": ("NVIDIA GPUs; cuda12 for older drivers", ("jax_cuda13_plugin|jax_cuda12_plugin",)),

@@ -89,6 +89,7 @@ class Search:
     def __init__(self, recipe: Recipe):
         self.recipe = recipe
         self.programs: dict[tuple[str, tuple[tuple[str, int], ...]], Program] = {}
+        self.plan: Any = None  # of any mesh: what is said of the model alone
         self._traces: dict[Any, Trace] = {}
         self._layouts: dict[Any, str | None] = {}
 
@@ -127,6 +128,7 @@ class Search:
             program = self.recipe.on(mesh)
         except (ShardingError, StepError, MeshError) as error:
             return refused(target, axes, str(error))
+        self.plan = program.plan
         traced = self._traced(program)
         fault = self._layout_fault(program)
         if fault is not None:
@@ -136,7 +138,7 @@ class Search:
     def _fitted(
         self, hardware: Hardware, axes: Mapping[str, int], program: Program, traced: Trace
     ) -> Candidate | Rejected:
-        accumulate = self.recipe.accumulate
+        accumulate, memory = self.recipe.accumulate, memory_of(program, traced)
         for accumulate in self._microbatches(program):
             if accumulate != program.recipe.accumulate:
                 recipe = dataclasses.replace(self.recipe, accumulate=accumulate)
@@ -148,7 +150,8 @@ class Search:
         report = estimate(program, traced)
         assert report.memory is not None, "an estimate has its memory"
         if report.memory.peak > report.memory.limit:
-            return does_not_fit(hardware.name, axes, accumulate, report)
+            kept = memory.argument + program.plan.totals().gradients
+            return does_not_fit(hardware.name, axes, accumulate, report, kept=kept)
         self.programs[hardware.name, tuple(axes.items())] = program
         return Candidate(target=hardware.name, axes=dict(axes), accumulate=accumulate, report=report, estimate=report)
 
@@ -187,13 +190,12 @@ def refused(target: str, axes: Mapping[str, int], message: str) -> Rejected:
     return Rejected(target=target, axes=dict(axes), reason=_first_line(message), detail=message)
 
 
-def does_not_fit(target: str, axes: Mapping[str, int], accumulate: int, report: Report) -> Rejected:
-    """A mesh whose devices are too small: by how much, and what is largest."""
+def does_not_fit(target: str, axes: Mapping[str, int], accumulate: int, report: Report, *, kept: int = 0) -> Rejected:
+    """A mesh whose devices are too small: by how much, and what is largest; `kept` is held whatever the batch."""
     memory = report.memory
     assert memory is not None, "it says what does not fit"
-    kept = ("parameter", "optimizer", "model_state", "batch")
-    alone = memory.argument > memory.limit  # then no batch is small enough
-    held = [each for each in memory.held if not alone or each.kind in kept]
+    alone = max(kept, memory.argument) > memory.limit  # then no batch is small enough
+    held = [each for each in memory.held if not alone or each.kind in ("parameter", "optimizer", "model_state")]
     largest = sorted(held, key=lambda each: -each.bytes)[:2]
     named = " and ".join(
         f"{each.kind} {each.path or each.shape}".strip() + f" {bytes_text(each.bytes)}" for each in largest
@@ -203,7 +205,8 @@ def does_not_fit(target: str, axes: Mapping[str, int], accumulate: int, report: 
         target=target,
         axes=dict(axes),
         reason=(
-            f"does not fit: {bytes_text(memory.argument)} of {bytes_text(memory.limit)} before the first operation"
+            f"does not fit: state and gradients alone {bytes_text(max(kept, memory.argument))} of "
+            f"{bytes_text(memory.limit)}"
             if alone
             else f"does not fit: {bytes_text(memory.peak)} of {bytes_text(memory.limit)}{micro}"
         )
@@ -229,6 +232,7 @@ def _refusal(program: Program) -> str | None:
 
 
 def _first_line(text: str) -> str:
-    lines = [line for line in text.splitlines() if line.strip()]
-    more = f" (and {len(lines) - 1} more lines)" if len(lines) > 2 else ""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    lines = lines[1:] if len(lines) > 1 and lines[0].endswith(":") else lines
+    more = f" (and {len(lines) - 1} more)" if len(lines) > 1 else ""
     return lines[0].partition(". ")[0].rstrip(".") + more if lines else text

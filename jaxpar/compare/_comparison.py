@@ -15,12 +15,13 @@ class Comparison:
     """Meshes of one recipe, the best first within each target, and those that it cannot be trained on.
 
     Attributes:
-        name: Of the recipe.
+        name: Of the model.
+        targets: The hardware, as it was named.
         rows: Of the global batch.
         seq: Tokens of a sequence; `None` if the batch has none.
         num_tokens: Tokens (rows, without a sequence) of the global batch.
         num_parameters: Of the model.
-        train_tokens: For how many `days` and `cost` are.
+        train_tokens: For how many `days` and `cost` are; 0 if nobody said.
         price: Of a chip for an hour, by target.
         candidates: The legal meshes, compiled ones first, the simplest of equally fast ones first.
         rejected: The others, each with its reason.
@@ -29,6 +30,7 @@ class Comparison:
     """
 
     name: str
+    targets: tuple[str, ...]
     rows: int
     seq: int | None
     num_tokens: int
@@ -39,11 +41,6 @@ class Comparison:
     rejected: tuple[Rejected, ...] = ()
     notes: tuple[str, ...] = ()
     interrupted: bool = False
-
-    @property
-    def targets(self) -> tuple[str, ...]:
-        """The hardware, as it was named."""
-        return tuple(dict.fromkeys(each.target for each in (*self.candidates, *self.rejected)))
 
     @property
     def best(self) -> Candidate:
@@ -71,7 +68,11 @@ class Comparison:
     def cost(self, candidate: Candidate) -> float | None:
         """Of that, in the currency of the price; `None` without one."""
         price = self.price.get(candidate.target)
-        return None if price is None else price * candidate.report.num_chips * 24 * self.days(candidate)
+        return (
+            None
+            if price is None or not self.train_tokens
+            else price * candidate.report.num_chips * 24 * self.days(candidate)
+        )
 
     @property
     def verdicts(self) -> tuple[str, ...]:
@@ -107,6 +108,7 @@ class Comparison:
         fields = {
             "format": 1,
             "name": self.name,
+            "targets": list(self.targets),
             "rows": self.rows,
             "seq": self.seq,
             "num_tokens": self.num_tokens,

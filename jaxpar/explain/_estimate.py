@@ -6,11 +6,12 @@ and made for ranking meshes: what it leaves out, it leaves out on every mesh ali
 - *Traffic* is `Plan.moves` of every parameter, and what a split vocabulary moves.
 - *Memory* is what the plan stores, the batch, and the fullest moment of the gradient's own arrays, each cut as
   `_spread` finds: the saved activations and the work of one layer, with the weights that are gathered for it.
-- *Time*: each operation takes as long as its FLOPs or its bytes need, whichever is longer. Gathered weights and reduced
-  gradients hide behind the computation of their pass as far as it reaches; activations, on which the next matrix
-  waits, hide behind nothing.
+- *Time*: each operation takes as long as its FLOPs or its bytes need, whichever is longer. Gathered weights (on
+  GPUs reduced gradients too) hide behind the computation of their pass, as far as it reaches; activations, on which
+  the next matrix waits, hide behind nothing.
 """
 
+import collections
 import dataclasses
 import functools as ft
 import math
@@ -30,19 +31,22 @@ from . import _trace
 from ._axes import mesh_axes
 from ._coefficients import Coefficients, bounds, coefficients
 from ._collectives import Row
-from ._flops import Flops
 from ._memory import Held, Memory
 from ._report import Report
 from ._spread import Split, Spread
 from ._timeline import Event, Timeline
-from ._trace import PRODUCTS, Block, Op, Trace, Value, count_flops, product_flops
+from ._trace import HEAVY, PRODUCTS, Block, Op, Trace, Value, product_flops
 from ._wire import Transfer, fabric
 
 # Beside the predictor's coefficients: the first figure is the estimate, the others bound the step from below and above.
-MATMUL = {"tpu": (0.85, 0.95, 0.70), "gpu": (0.75, 0.85, 0.60), "cpu": (1.0, 1.0, 1.0)}
-"""Of the peak FLOP/s, reached by matrix products that fill whole tiles."""
-HIDDEN = (0.90, 1.0, 0.0)
-"""Of the computation of a pass, behind which moves of weights and gradients hide."""
+MATMUL = {"tpu": (0.97, 1.0, 0.85), "gpu": (0.75, 0.85, 0.60), "cpu": (1.0, 1.0, 1.0)}
+"""Of the peak FLOP/s, reached by matrix products that fill whole tiles: on TPUs what XLA's own cycles say of them."""
+MEMORY = {"tpu": (0.94, 1.0, 0.70), "gpu": (0.80, 0.92, 0.65), "cpu": (1.0, 1.0, 1.0)}
+"""Of the memory's bandwidth: likewise, of the softmax of plain attention."""
+HIDING = {"tpu": ("weight",), "gpu": ("weight", "gradient"), "cpu": ()}
+"""What runs behind computation. XLA:TPU makes a reduced gradient of one synchronous fusion, XLA:GPU an asynchronous."""
+HIDDEN = (0.80, 1.0, 0.0)
+"""How much of that does, where its pass computes for long enough: the first of a loop has nothing before it."""
 TILE = {"tpu": (8, 128, 128), "gpu": (16, 16, 16), "cpu": (1, 1, 1)}
 """Rows, inputs and outputs that a matrix unit takes at once: smaller ones leave it partly idle."""
 
@@ -87,8 +91,7 @@ class _Estimate:
 
     def report(self) -> Report:
         timeline, rows = self._timed()
-        flops = self._flops()
-        dtype = flops.by_dtype[0][0] if flops.by_dtype else "float32"
+        flops = self.trace.flops
         notes = [
             "an estimate: nothing was compiled",
             *self.trace.notes,
@@ -104,7 +107,7 @@ class _Estimate:
             origin="estimate",
             strategies=self.plan.strategies,
             num_tokens=num_tokens(self.recipe),
-            peak_flops=self.hardware.peak_flops(dtype),
+            peak_flops=self.hardware.peak_flops(flops.by_dtype[0][0] if flops.by_dtype else "float32"),
             memory=self.memory(),
             flops=flops,
             timeline=timeline,
@@ -192,8 +195,12 @@ class _Estimate:
                 for source in () if value is None else value.sources:
                     if source.kind == "parameter":
                         begin(source, self._read_bytes(source), "temporary", at)
+            room = self._given_up(op, at, block)
+            if op.name not in HEAVY:  # it may write where its operands are
+                for value in ends.pop(at, ()):
+                    now.drop(value)
             for value in op.outputs:
-                if not value.virtual:
+                if not value.virtual and not value.fused:
                     saved = (
                         top
                         and not op.backward
@@ -201,7 +208,7 @@ class _Estimate:
                         and block.ops[min(value.last, len(block.ops) - 1)].backward
                     )
                     kind = "gradient" if value.kind == "gradient" else "activation" if saved else "temporary"
-                    begin(value, self._held(value), kind, at)
+                    begin(value, max(0.0, self._held(value) - room), kind, at)
             inner = max((self._fullest(each) for each in op.blocks), key=lambda each: each.total, default=_Moment())
             whole = sum(self.spread.num_bytes(value) for value in op.outputs if value.kind == "gradient")
             if now.total + max(inner.total, whole if not op.blocks else 0) > fullest.total:
@@ -212,6 +219,21 @@ class _Estimate:
             for value in ends.pop(at, ()):
                 now.drop(value)
         return fullest
+
+    def _given_up(self, op: Op, at: int, block: Block) -> float:
+        """Bytes that an elementwise operation writes where a loop's carried array was, which nobody reads later."""
+        if op.name in HEAVY:
+            return 0.0
+        carried = {id(value) for value in block.inputs}
+        return max(
+            (
+                self.spread.num_bytes(source)
+                for value in op.inputs
+                for source in (() if value is None else value.sources)
+                if source.last == at and id(source) in carried and source.kind != "parameter"
+            ),
+            default=0.0,
+        )
 
     # Time.
 
@@ -241,8 +263,8 @@ class _Estimate:
     def _assumed(self) -> str:
         return (
             f"matrix products reach {MATMUL[self.hardware.kind][0]:.0%} of the peak, memory "
-            f"{_coefficients()[0].memory:.0%} of its bandwidth; weights and gradients hide behind {HIDDEN[0]:.0%} of "
-            "their pass, activations not at all"
+            f"{MEMORY[self.hardware.kind][0]:.0%} of its bandwidth; {HIDDEN[0]:.0%} of what moves "
+            f"{' and '.join(f'{each}s' for each in HIDING[self.hardware.kind])} hides behind computation, nothing else"
         )
 
     def _exposed(self, at: int, moves: list[tuple[Record, Move, int]], forward: float, backward: float) -> list[float]:
@@ -253,10 +275,10 @@ class _Estimate:
             hiding = [
                 index
                 for index, (_, move, _) in enumerate(moves)
-                if move.what in ("weight", "gradient") and _is_backward(move) == is_backward
+                if move.what in HIDING[self.hardware.kind] and _is_backward(move) == is_backward
             ]
             total = math.fsum(found[index] for index in hiding)
-            share = max(0.0, total - HIDDEN[at] * compute) / total if total else 0.0
+            share = max(1 - HIDDEN[at], 1 - compute / total) if total else 0.0
             for index in hiding:
                 found[index] *= share
         return found
@@ -289,21 +311,22 @@ class _Estimate:
     def _seconds(self, op: Op) -> tuple[float, float, float]:
         """How long one device takes for `op`, as estimated, at best and at worst; nothing where no speed is known."""
         if op.blocks:
-            bodies = [[self._seconds(each) for each in block.ops] for block in op.blocks]
+            hoisted = _invariant(op)
+            bodies = [[self._seconds(each) for each in block.ops if id(each) not in hoisted] for block in op.blocks]
             sums = [tuple(math.fsum(each[at] for each in body) for at in range(3)) for body in bodies]
             longest = max(sums, default=(0.0, 0.0, 0.0))
             trips = self.spread.trips(op)
             return longest[0] * trips, longest[1] * trips, longest[2] * trips
-        if all(value.virtual for value in op.outputs):
+        if op.free or all(value.virtual for value in op.outputs):
             return 0.0, 0.0, 0.0
         flops, dtype = self._op_flops(op)
         read = {id(source): source for value in op.inputs if value is not None for source in value.sources}
-        moved = math.fsum(self.spread.num_bytes(value) for value in (*read.values(), *op.outputs))
+        moved = math.fsum(self.spread.num_bytes(value) for value in (*read.values(), *op.outputs) if not value.fused)
         peak, bandwidth = self.hardware.peak_flops(dtype or "bfloat16"), self.hardware.hbm_bandwidth
         if not peak or not bandwidth:
             return 0.0, 0.0, 0.0
         each = [
-            max(flops / peak / MATMUL[self.hardware.kind][at], moved / bandwidth / _coefficients()[at].memory)
+            max(flops / peak / MATMUL[self.hardware.kind][at], moved / bandwidth / MEMORY[self.hardware.kind][at])
             for at in range(3)
         ]
         return each[0], each[1], each[2]
@@ -330,7 +353,7 @@ class _Estimate:
         totals = self.plan.totals()
         moved = 2 * (totals.parameters + (totals.optimizer or 0)) + totals.gradients
         bandwidth = self.hardware.hbm_bandwidth
-        each = [moved / bandwidth / _coefficients()[at].memory if bandwidth else 0.0 for at in range(3)]
+        each = [moved / bandwidth / MEMORY[self.hardware.kind][at] if bandwidth else 0.0 for at in range(3)]
         return each[0], each[1], each[2]
 
     # Traffic.
@@ -349,8 +372,39 @@ class _Estimate:
                         continue  # the matrices of one module that read one activation
                     shared.add(str(key))
                 yield record, move, move.times * self._repeats(move)
+                if (
+                    record.role == "row"
+                    and move.per_token
+                    and self._sums.get(record.path, 1) > 1
+                    and "forward" in move.when
+                ):
+                    again = dataclasses.replace(
+                        move, when="backward pass of each layer, which computes the block again"
+                    )
+                    yield record, again, move.times * self._repeats(move)
             for move in self._vocabulary_moves(record):
                 yield record, move, move.times * self._repeats(move)
+
+    @ft.cached_property
+    def _sums(self) -> collections.Counter[str]:
+        """How many products of each parameter are sums of parts, computed again in the backward pass too."""
+        found: collections.Counter[str] = collections.Counter()
+
+        def look(block: Block) -> None:
+            for op in block.ops:
+                for each in op.blocks:
+                    look(each)
+                if op.name != "dot_general" or None in op.inputs:
+                    continue
+                (contract, _), _ = op.params["dimension_numbers"]
+                left = self.spread.given(op)[0]
+                over = {axis for dim in contract for axis in left[dim]} - {*self.plan.batch_axes, _MICRO}
+                if over:
+                    sources = [source for value in op.inputs if value is not None for source in value.sources]
+                    found.update({source.path for source in sources if source.kind == "parameter"})
+
+        look(self.trace.block)
+        return found
 
     def _repeats(self, move: Move) -> int:
         once = move.what == "update" or (
@@ -429,18 +483,6 @@ class _Estimate:
             yield Event(lane=lane, start=start, seconds=total, count=count, name=name, path="", depth=0)
             ends[lane, is_backward] = start + total
 
-    # FLOPs.
-
-    def _flops(self) -> Flops:
-        model, hardware, by_dtype = count_flops(self.trace.block)
-        return Flops(
-            model=model,
-            model_causal=model,
-            hardware=hardware,
-            by_path=(("", hardware),),
-            by_dtype=tuple(sorted(by_dtype.items(), key=lambda each: -each[1])),
-        )
-
 
 @dataclasses.dataclass(eq=False)
 class _Moment:
@@ -482,6 +524,20 @@ class _Moment:
 def _as_split(spec: Any, ndim: int) -> Split:
     entries = [axes_at(entry) for entry in spec]
     return (*entries, *((),) * (ndim - len(entries)))
+
+
+def _invariant(op: Op) -> set[int]:
+    """Operations of a loop's body that read nothing but the loop's constants: done once, before it."""
+    if op.name != "scan":
+        return set()
+    (block,) = op.blocks
+    same = {id(value) for value in block.inputs[: op.params["num_consts"]]}
+    found: set[int] = set()
+    for each in block.ops:
+        if not each.blocks and all(value is None or id(value) in same for value in each.inputs):
+            same |= {id(value) for value in each.outputs}
+            found.add(id(each))
+    return found
 
 
 def _up(size: int, unit: int) -> int:

@@ -15,6 +15,8 @@ import json
 import logging
 import os
 import pathlib
+import re
+import traceback
 import zipfile
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -42,6 +44,7 @@ class Exported:
     Attributes:
         name: Of the step.
         module: StableHLO, as JAX serialises it.
+        key: Of the module and the source lines in it, whoever asked for it; see `_key`.
         hardware: What to compile for.
         axes: The mesh.
         dcn: Axes that cross slices, and how often.
@@ -59,6 +62,7 @@ class Exported:
 
     name: str
     module: bytes
+    key: str
     hardware: Hardware
     axes: dict[str, int]
     dcn: dict[str, int]
@@ -75,10 +79,8 @@ class Exported:
 
     def digest(self) -> str:
         """Of all that its compiler sees; what the arguments mean, and are called, is not of it."""
-        seen = ("name", "hardware", "axes", "dcn", "inputs", "outputs", "donated", "options")
-        found = hashlib.sha256(self.module)
-        found.update(json.dumps([FORMAT, self._data(seen)]).encode())
-        return found.hexdigest()
+        seen = ("key", "name", "hardware", "axes", "dcn", "inputs", "outputs", "donated", "options")
+        return hashlib.sha256(json.dumps([FORMAT, self._data(seen)]).encode()).hexdigest()
 
     def to_bytes(self) -> bytes:
         """The file."""
@@ -132,6 +134,7 @@ def export(subject: Subject) -> Exported:
     return Exported(
         name=subject.name,
         module=bytes(exported.mlir_module_serialized),
+        key=_key(exported.mlir_module()),
         hardware=hardware,
         axes=_mesh.axis_sizes(mesh),
         dcn=_mesh.dcn_factors(mesh),
@@ -224,6 +227,33 @@ def call(exported: Exported, mesh: Mesh) -> Any:
 def without_call(text: str, name: str) -> str:
     """HLO text of `call`'s function, with the names of the step's own compilation: the call itself is left out."""
     return text.replace(f"jit({name})/call_exported/", "")
+
+
+def _key(text: str) -> str:
+    """A hash of a module's operations and of the places in the source that they come from.
+
+    JAX keeps the whole stack of an operation, up to the line that called `jp.explain`. These outermost places do not
+    count: the same step, asked for from another cell of a notebook, is the same program. Places within the step do: a
+    report shows them, and a program from the cache must not show those of an older version.
+    """
+    callers = {(frame.f_code.co_filename, line) for frame, line in traceback.walk_stack(None)}
+    lines, places, outer = [], set(), set()
+    for line in text.splitlines():
+        if not line.startswith("#loc"):
+            lines.append(re.sub(r" loc\(#loc\d*\)", "", line))
+            continue
+        alias, _, said = line.partition(" = ")
+        place = re.match(r'loc\("(.*?)":(\d+):', said)
+        inside = re.match(r'loc\(".*"\((#loc\d*)\)\)', said)  # the name of a function, at a place
+        is_outer = place is not None and (place[1].startswith(_OURS) or (place[1], int(place[2])) in callers)
+        if is_outer or (inside is not None and inside[1] in outer):
+            outer.add(alias)
+        else:
+            places.add(re.sub(r"#loc\d*", "", said))
+    return hashlib.sha256("\n".join([*lines, *sorted(places)]).encode()).hexdigest()
+
+
+_OURS = tuple(str(pathlib.Path(__file__).resolve().parents[1] / name) for name in ("explain", "cli", "compare"))
 
 
 def _argument(data: dict[str, Any]) -> Argument:

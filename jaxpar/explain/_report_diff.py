@@ -63,9 +63,9 @@ class Difference:
         for section in dict.fromkeys(change.section for change in self.changes):
             changes = [change for change in self.changes if change.section == section]
             for place, change in enumerate(changes[:_MOST]):
-                values = (shortened(_said(each, change.unit), 24) for each in (change.mine, change.theirs))
+                mine, theirs = (shortened(_said(each, change.unit), 24) for each in (change.mine, change.theirs))
                 first = section if place == 0 else ""
-                found.append((first, shortened(change.what, 44), *values, _percent(change.ratio)))
+                found.append((first, shortened(change.what, 44), mine, theirs, _percent(change.ratio)))
             if len(changes) > _MOST:
                 found.append(("", f"and {len(changes) - _MOST} more", "", "", ""))
         return found

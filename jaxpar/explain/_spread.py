@@ -10,6 +10,7 @@ A *split* is, for each dim, the axes that cut it.
 import math
 from collections.abc import Callable, Mapping, Sequence
 
+from .._compat import scan_counts
 from ._trace import Block, Op, Value
 
 Split = tuple[tuple[str, ...], ...]
@@ -46,7 +47,7 @@ class Spread:
         """How often one device runs a loop: a loop over rows is shared among those that have them."""
         if op.name != "scan":
             return 1
-        at = op.params["num_consts"] + op.params["num_carry"]
+        at = sum(scan_counts(op.params))
         cuts = [self.parts(self.split(value)[0]) for value in op.inputs[at:] if value is not None and value.shape]
         return max(1.0, op.trips / max(cuts, default=1))
 
@@ -231,7 +232,7 @@ def _scatter(spread: Spread, op: Op) -> list[Split]:
 
 def _scan(spread: Spread, op: Op) -> list[Split]:
     (block,) = op.blocks
-    num_consts, num_carry = op.params["num_consts"], op.params["num_carry"]
+    num_consts, num_carry = scan_counts(op.params)
     given = [
         split if value is not None else ((),) * len(inner.shape)
         for value, split, inner in zip(op.inputs, spread.given(op), block.inputs, strict=True)

@@ -4,7 +4,8 @@ The scheduled program is walked in its own order. A device computes one thing at
 needs, in the order of issue, and the device goes on until the operation that wants the result. So a synchronous
 collective is exposed whole, a `-start`/`-done` pair by what is left of it at its `-done`, and an XLA:TPU asynchronous
 collective fusion by what is left after the last fusion that carries it. A loop runs twice here, then repeats its second
-pass.
+pass; what each pass sends and none waits for (reductions between slices, which the compiler may hand to the next pass)
+queues on its links, and the step ends when all has arrived.
 """
 
 import dataclasses
@@ -27,7 +28,7 @@ class Event:
     """Something that a device does for a while, or equal things in a row.
 
     Attributes:
-        lane: `"compute"`, or the collective's axes joined by a comma, `"fsdp"`.
+        lane: `"compute"`, the collective's axes joined by a comma (`"fsdp"`), `"to host"` or `"from host"`.
         start: Seconds since the step began.
         seconds: How long, all repetitions together.
         count: Repetitions that are drawn as one: a loop's iterations.
@@ -314,6 +315,7 @@ class _Run:
         self.computing = 0.0
         self.communicating = 0.0
         self.free: dict[str, float] = {}  # when each side, network or memory is next free
+        self.last: dict[str, _Load] = {}  # what used it last
         self.busy = 0.0  # until when some link is
         self.weight = 1
         self.depth = 0
@@ -326,8 +328,11 @@ class _Run:
         self.notes: list[str] = []
 
     def all(self) -> float:
-        """The whole program; when it ends."""
+        """The whole program; when it ends, all that it sent having arrived."""
         self._computation(self.program.entry, ())
+        for lane, load in self.last.items():
+            if load.lane != "memory":
+                self._expose(load, self.free.get(lane, 0.0))
         return self.now
 
     def _computation(self, name: str, above: tuple[str, ...]) -> None:
@@ -361,15 +366,21 @@ class _Run:
         self.depth += 1
         self._computation(bodies[0], above)
         if trips > 1:
-            second = self.now
+            second, late = self.now, self._late()
             del self.events[before:]
             self.weight = weight * (trips - 1)
             self._computation(bodies[0], above)
-            passed = self.now - second
+            passed, later = self.now - second, self._late()
             self._wait(passed * (trips - 2))
+            for lane, seconds_late in later.items():  # what no pass waits for adds up over all
+                self.free[lane] += max(0.0, seconds_late - late.get(lane, 0.0)) * (trips - 2)
             self.weight = weight
             self._stretch(before, second, passed, begin, trips)
         self.depth -= 1
+
+    def _late(self) -> dict[str, float]:
+        """How far each lane has yet to go."""
+        return {lane: max(0.0, at - self.now) for lane, at in self.free.items()}
 
     def _wait(self, passed: float) -> None:
         self.now += passed
@@ -494,7 +505,7 @@ class _Run:
         begin = max([self.now, *(self.free.get(lane, 0.0) for lane in lanes)])
         end = begin + took
         for lane in lanes:
-            self.free[lane] = end
+            self.free[lane], self.last[lane] = end, load
         if load.lane != "memory":
             self.communicating += max(0.0, end - max(begin, self.busy)) * self.weight
             self.busy = max(self.busy, end)

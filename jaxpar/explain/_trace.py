@@ -19,7 +19,9 @@ import numpy as np
 from jax.extend import core as jax_core
 
 from .._birth import no_eager_sharding
+from .._compat import scan_counts
 from .._recipe import Program
+from ._flops import Flops, count
 
 HEAVY = frozenset(
     (
@@ -90,6 +92,7 @@ class Value:
         shape: Whole.
         itemsize: Bytes of an element.
         virtual: Whether nobody writes it down.
+        fused: Whether it is written only as what its one reader makes of it: a product that is added to something.
         sources: The written arrays that a virtual one is made of; itself otherwise.
         last: The last operation of its block that reads it, through virtual ones too; -1 if none does.
         kind: `"parameter"`, `"gradient"` or `""`.
@@ -102,6 +105,7 @@ class Value:
     itemsize: float
     dtype: str
     virtual: bool = False
+    fused: bool = False
     sources: tuple["Value", ...] = ()
     last: int = -1
     kind: str = ""
@@ -133,7 +137,7 @@ class Op:
         outputs: What it makes.
         params: Of the primitive.
         backward: Whether it belongs to the backward pass, what is computed again there included.
-        again: Whether it is computed again, to save memory.
+        free: Whether it costs no traffic: a reduction of what a matrix product reads or writes anyway.
         blocks: Bodies of a loop, branches of a conditional.
         trips: Of a loop; 1 otherwise.
     """
@@ -143,7 +147,7 @@ class Op:
     outputs: tuple[Value, ...]
     params: Mapping[str, Any]
     backward: bool = False
-    again: bool = False
+    free: bool = False
     blocks: tuple["Block", ...] = ()
     trips: int = 1
 
@@ -163,14 +167,14 @@ class Trace:
 
     Attributes:
         block: Its operations; inputs are the leaves of `paths`, then those of the batch.
-        jaxpr: What it was made from.
+        flops: Of one step.
         paths: Of the model's leaves, in the order of the inputs.
         num_batch: Inputs after those.
         notes: What could not be looked into.
     """
 
     block: Block
-    jaxpr: Any
+    flops: Flops
     paths: tuple[str, ...]
     num_batch: int
     notes: tuple[str, ...]
@@ -196,7 +200,7 @@ def trace(program: Program) -> Trace:
 
     params = {path: shape for path, shape in shapes.items() if path in trained}
     rest = {path: shape for path, shape in shapes.items() if path not in trained}
-    closed = jax.make_jaxpr(jax.grad(mean))(params, rest, batch)
+    closed = jax.make_jaxpr(jax.value_and_grad(mean))(params, rest, batch)
     paths = (*sorted(params), *sorted(rest))
     maker = _Maker()
     inputs = [_value(var) for var in closed.jaxpr.invars]
@@ -205,11 +209,11 @@ def trace(program: Program) -> Trace:
             value.kind, value.path = "parameter", path
     block = maker.block(closed.jaxpr, inputs, [_value(var) for var in closed.jaxpr.constvars])
     _decide(block)
-    for value, path in zip(block.outputs, sorted(params), strict=True):
+    for value, path in zip(block.outputs[1:], sorted(params), strict=True):
         _mark_gradient(block, value, path)
     return Trace(
         block=block,
-        jaxpr=closed,
+        flops=count(closed, plan=plan),
         paths=paths,
         num_batch=len(inputs) - len(paths),
         notes=tuple(dict.fromkeys(maker.notes)),
@@ -237,25 +241,22 @@ class _Maker:
         constants: Sequence[Value],
         *,
         backward: bool = False,
-        again: bool = False,
     ) -> Block:
         ops: list[Op] = []
         env = dict(zip(jaxpr.invars, inputs, strict=True)) | dict(zip(jaxpr.constvars, constants, strict=True))
-        self._inline(jaxpr, env, ops, backward=backward, again=again)
+        self._inline(jaxpr, env, ops, backward=backward)
         outputs = tuple(None if isinstance(var, jax_core.Literal) else env.get(var) for var in jaxpr.outvars)
         block = Block(inputs=tuple(inputs), outputs=outputs, ops=ops)
         _drop_dead(block)
         return block
 
-    def _inline(self, jaxpr: Any, env: dict[Any, Value], ops: list[Op], *, backward: bool, again: bool) -> None:
+    def _inline(self, jaxpr: Any, env: dict[Any, Value], ops: list[Op], *, backward: bool) -> None:
         def of(var: Any) -> Value | None:
             return None if isinstance(var, jax_core.Literal) else env.get(var)
 
         for eqn in jaxpr.eqns:
             name = eqn.primitive.name
-            stack = str(eqn.source_info.name_stack)
-            later = backward or "transpose(" in stack
-            anew = again or "rematted_computation" in stack
+            later = backward or "transpose(" in str(eqn.source_info.name_stack)
             inputs = tuple(map(of, eqn.invars))
             inner = None if name in _CALLS else _called(eqn)
             if inner is not None and len(inner.invars) == len(inputs):
@@ -264,28 +265,26 @@ class _Maker:
                     for var, value in zip(inner.invars, inputs, strict=True)
                 }
                 given |= {var: _value(var) for var in inner.constvars}
-                self._inline(inner, given, ops, backward=later, again=anew)
+                self._inline(inner, given, ops, backward=later)
                 for var, out in zip(eqn.outvars, inner.outvars, strict=True):
                     found = None if isinstance(out, jax_core.Literal) else given.get(out)
                     env[var] = _value(var) if found is None else found
                 continue
             outputs = tuple(map(_value, eqn.outvars))
             env.update(zip(eqn.outvars, outputs, strict=True))
-            blocks, trips = self._blocks(eqn, inputs, backward=later, again=anew)
-            ops.append(Op(name, inputs, outputs, eqn.params, later, anew, blocks, trips))
+            blocks, trips = self._blocks(eqn, inputs, backward=later)
+            ops.append(Op(name, inputs, outputs, eqn.params, later, blocks=blocks, trips=trips))
 
-    def _blocks(
-        self, eqn: Any, inputs: Sequence[Value | None], *, backward: bool, again: bool
-    ) -> tuple[tuple[Block, ...], int]:
+    def _blocks(self, eqn: Any, inputs: Sequence[Value | None], *, backward: bool) -> tuple[tuple[Block, ...], int]:
         name, params = eqn.primitive.name, eqn.params
 
         def closed(inner: Any, values: Sequence[Value] | None = None) -> Block:
             values = [_value(var) for var in inner.jaxpr.invars] if values is None else values
             constants = [_value(var) for var in inner.jaxpr.constvars]
-            return self.block(inner.jaxpr, values, constants, backward=backward, again=again)
+            return self.block(inner.jaxpr, values, constants, backward=backward)
 
         if name == "scan":
-            num_consts, num_carry = params["num_consts"], params["num_carry"]
+            num_consts, num_carry = scan_counts(params)
             inner = params["jaxpr"]
             values = [_value(var) for var in inner.jaxpr.invars]
             for at, (value, outer) in enumerate(zip(values, inputs, strict=True)):
@@ -356,11 +355,32 @@ def _decide(block: Block) -> None:
     for value in block.outputs:
         for source in () if value is None else value.sources:
             source.last = len(block.ops)
+    _fuse(block, readers)
     for op in block.ops:
         for each in op.blocks:
             for outer, inner in zip(op.inputs[len(op.inputs) - len(each.inputs) :], each.inputs, strict=True):
                 inner.sunk = outer is not None and (outer.virtual or outer.sunk)
             _decide(each)
+
+
+def _fuse(block: Block, readers: dict[int, int]) -> None:
+    """What XLA makes part of a matrix product: what is added to its result, and reductions beside it."""
+    reader = {id(value): op for op in block.ops for value in op.inputs if value is not None}
+    at_hand: set[int] = set()
+    for op in block.ops:
+        if op.name not in PRODUCTS:
+            continue
+        (value,) = op.outputs
+        then = reader.get(id(value))
+        if then is not None and readers[id(value)] == 1 and then.name not in HEAVY and not then.outputs[0].virtual:
+            value.fused = True
+        at_hand |= {id(source) for each in op.inputs if each is not None for source in each.sources} | {id(value)}
+    for op in block.ops:
+        if op.name.startswith("reduce_"):
+            large = [
+                source for each in op.inputs if each is not None for source in each.sources if source.size > _SMALL
+            ]
+            op.free = all(id(source) in at_hand for source in large)
 
 
 _PASSED_ON = {"convert_element_type", "transpose", "mul", "div", "neg", "copy", "reshape", "squeeze", "add_any", "add"}
@@ -389,26 +409,3 @@ def product_flops(op: Op, left: Sequence[int], right: Sequence[int], out: Sequen
     if op.name == "conv_general_dilated":
         return 2.0 * math.prod(out) * math.prod(right) / right[op.params["dimension_numbers"].rhs_spec[0]]
     return 0.0
-
-
-def count_flops(block: Block) -> tuple[float, float, dict[str, float]]:
-    """FLOPs of all devices: without what is computed again, with it, and that by dtype of the operands."""
-    model, hardware = 0.0, 0.0
-    by_dtype: dict[str, float] = {}
-    for op in block.ops:
-        inner = [count_flops(each) for each in op.blocks]
-        if inner:
-            longest = max(inner, key=lambda each: each[1])
-            model += longest[0] * op.trips
-            hardware += longest[1] * op.trips
-            for dtype, flops in longest[2].items():
-                by_dtype[dtype] = by_dtype.get(dtype, 0.0) + flops * op.trips
-            continue
-        left, right = (op.inputs[at] if len(op.inputs) > at else None for at in (0, 1))
-        if left is None or right is None or op.name not in PRODUCTS:
-            continue
-        flops = product_flops(op, left.shape, right.shape, op.outputs[0].shape)
-        model += 0.0 if op.again else flops
-        hardware += flops
-        by_dtype[left.dtype] = by_dtype.get(left.dtype, 0.0) + flops
-    return model, hardware, by_dtype

@@ -87,8 +87,9 @@ class Varying:
         if opcode == "get-tuple-element":
             index = op.attribute("index") or ""
             whole = operands[0] if operands else 0
-            is_part = isinstance(whole, list) and index.isdigit() and int(index) < len(whole)
-            return whole[int(index)] if is_part else _flat(whole)
+            if isinstance(whole, list) and index.isdigit() and int(index) < len(whole):
+                return whole[int(index)]
+            return _flat(whole)
         if opcode in ("fusion", "call", "async-start"):
             inside = (*op.names("calls"), *op.names("to_apply"))
             return self._run(inside[0], operands) if inside else _flat(operands)

@@ -229,7 +229,7 @@ def visible(queries: tuple[jax.Array, ...], keys: tuple[jax.Array, ...]) -> jax.
 
 
 CHUNK = 1024
-"""Queries whose attention weights are held at a time."""
+"""Queries whose attention weights are held at a time; a length that is no multiple of it is done at once."""
 
 
 _small = nnx.initializers.normal(0.02)

@@ -1,7 +1,7 @@
 """Step times published of real TPUs, beside what is predicted from a program compiled of the same configuration.
 
-No hardware and no compiler: the texts lie in `tests/data/step_time`, `published.toml` there says what they are. No
-coefficient was fitted to any one of them; see `jaxpar/explain/_coefficients.toml`.
+No hardware and no compiler: the texts lie in `tests/data/step_time`, `published.toml` there says what they are. Which
+of them were in sight when coefficients were settled is said in `jaxpar/explain/_coefficients.toml`.
 """
 
 import dataclasses
@@ -63,14 +63,14 @@ def published() -> list[Published]:
 
 def main() -> None:
     """Print the table."""
-    print(f"{'':20}{'published':>10}{'predicted':>10}{'error':>8}   low to high      exposed   published and predicted MFU")
+    print(f"{'':20}{'published':>11}{'predicted':>11}{'error':>8}{'low to high':>18}{'exposed':>11}   MFU, both")
     for case in published():
         found = case.predicted
-        mfu = case.mfu * case.seconds / found.step_seconds
+        error = found.step_seconds / case.seconds - 1
         print(
-            f"{case.name:20}{case.seconds:8.2f} s{found.step_seconds:8.2f} s{found.step_seconds / case.seconds - 1:+8.1%}"
-            f"   {found.low:5.2f} to {found.high:5.2f} s{found.exposed_communication_seconds:8.2f} s"
-            f"   {case.mfu:.1%} {mfu:.1%}"
+            f"{case.name:20}{case.seconds:9.2f} s{found.step_seconds:9.2f} s{error:+8.1%}"
+            f"{found.low:8.2f} to {found.high:5.2f} s{found.exposed_communication_seconds:9.2f} s"
+            f"   {case.mfu:.1%} {case.mfu / (1 + error):.1%}"
         )
 
 

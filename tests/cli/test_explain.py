@@ -164,19 +164,10 @@ def test_export_here_and_explain_there(capsys, here):
     apart = printed(["explain", "a.step", "--cache", "cache"], capsys)
     direct = printed(["explain", "mine:recipe", *words, "--cache", "cache"], capsys)
     assert direct["options"] == {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}
-    same = (
-        "axes",
-        "compiler",
-        "options",
-        "memory",
-        "flops",
-        "timeline",
-        "num_tokens",
-        "strategies",
-        "target",
-        "unread",
-    )
-    assert {name: apart[name] for name in same} == {name: direct[name] for name in same}
+    called = ("compile_seconds", "collectives", "findings")  # with the lines of this test that asked for them
+    assert [name for name in direct if name not in called and apart[name] != direct[name]] == []
+    rows = [[{**row, "source": ""} for row in each["collectives"]] for each in (apart, direct)]
+    assert rows[0] == rows[1] != []
     assert direct["unread"] == []
     assert direct["step_seconds"] > 0
 

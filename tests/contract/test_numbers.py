@@ -1,7 +1,9 @@
 """Invariant 1: every strategy, alone and combined, on every mesh shape, computes what one device computes.
 
 All strategies are always listed: on a mesh where an axis has size 1, its strategies rest, so the mesh decides which of
-them meet. CI runs a pairwise covering array, `make matrix` everything.
+them meet. CI runs a pairwise covering array, in which everything below meets everything else once; `make matrix` runs
+every combination, less what is another one's twin: four microbatches are the program of two with another trip count,
+and no strategy sees the container that a Linen or an Equinox model is (test_any_pytree.py does).
 """
 
 import itertools
@@ -28,6 +30,7 @@ MESHES = [
 EVERY_MESH = list(dict.fromkeys([*mesh_shapes(("data", "fsdp", "tensor")), *MESHES, MeshCase(fsdp=3, tensor=2)]))
 FACTORS = (list(REPLICAS), list(SHARDS), TENSOR)
 CASES = list(programs.CASES.values())
+DISTINCT = [case for case in CASES if case.name not in ("linen", "equinox")]
 
 
 def applies(replicas, shards, tensor, case, shape, accumulate):
@@ -68,7 +71,7 @@ def test_same_numbers(replicas, shards, tensor, case, shape, accumulate):
 
 @pytest.mark.matrix
 @pytest.mark.parametrize(
-    NAMES, [each for each in itertools.product(*FACTORS, CASES, EVERY_MESH, [1, 2, 4]) if applies(*each)]
+    NAMES, [each for each in itertools.product(*FACTORS, DISTINCT, EVERY_MESH, [1, 2]) if applies(*each)]
 )
 def test_same_numbers_everywhere(replicas, shards, tensor, case, shape, accumulate):
     check(replicas, shards, tensor, case, shape, accumulate)

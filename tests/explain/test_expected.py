@@ -73,19 +73,28 @@ HALVES = {MATRIX // 2: 2 * DEPTH, FIRST: 1}  # of which each of two tensor devic
 ACTIVATIONS = 2 * DEPTH  # rows sum their outputs, columns the gradient of their inputs
 LAYERS = "of each layer"
 
+BLOCK_WORDS = {
+    "weight, forward pass",
+    f"weight, forward pass {LAYERS}",
+    f"weight, backward pass {LAYERS}, which computes the block again",
+    f"gradient, backward pass {LAYERS}",
+    "gradient, backward pass",
+    LOSS,
+}
+
 PROGRAMS = {
     # name: mesh, strategies, what crosses devices in a step, by hand; the words for it
     "dp": (
         {"data": 8},
         [jp.DP()],
         each(REDUCE, D, EVERY) | loss(D),
-        {"gradient, after the backward pass", LOSS},
+        {"gradient, backward pass", LOSS},
     ),
     "zero 1": (
         {"data": 8},
         [jp.ZeRO(1)],
         each(SCATTER, D, EVERY) | each(GATHER, D, EVERY) | loss(D),
-        {"gradient, before the update, of which each device does its part", "update, after the update", LOSS},
+        {"gradient, backward pass", "update, after the update", LOSS},
     ),
     "zero 2": (
         {"data": 8},
@@ -103,14 +112,7 @@ PROGRAMS = {
         {"fsdp": 8},
         [BLOCKS],
         each(GATHER, F, {MATRIX: 4 * DEPTH, FIRST: 1}) | each(SCATTER, F, EVERY) | loss(F),
-        {
-            "weight, forward pass",
-            f"weight, forward pass {LAYERS}",
-            f"weight, backward pass {LAYERS}, which computes the block again",
-            f"gradient, backward pass {LAYERS}",
-            "gradient, backward pass",
-            LOSS,
-        },
+        BLOCK_WORDS,
     ),
     "fsdp blocks kept": (
         {"fsdp": 8},
@@ -137,7 +139,7 @@ PROGRAMS = {
         {
             "activation, forward pass",
             "activation, backward pass, once for all matrices that read the same activation",
-            "gradient, after the backward pass",
+            "gradient, backward pass",
             LOSS,
         },
     ),
@@ -163,15 +165,40 @@ PROGRAMS = {
         | each(GATHER, F, {MATRIX // 2: 4 * DEPTH, FIRST: 1})
         | each(SCATTER, F, HALVES)
         | loss(F),
-        {
-            "weight, forward pass",
-            f"weight, forward pass {LAYERS}",
-            f"weight, backward pass {LAYERS}, which computes the block again",
+        BLOCK_WORDS
+        | {
             f"activation, forward pass {LAYERS}",
             f"activation, backward pass {LAYERS}, once for all matrices that read the same activation",
-            f"gradient, backward pass {LAYERS}",
-            "gradient, backward pass",
-            LOSS,
+        },
+    ),
+    "dp fsdp": (
+        {"data": 2, "fsdp": 4},
+        [jp.DP(), jp.FSDP()],
+        each(GATHER, F, EVERY) | each(SCATTER, F, EVERY) | each(REDUCE, D, scaled(EVERY, 1 / 4)) | loss((*D, *F)),
+        {"weight, forward pass", "gradient, backward pass", LOSS},
+    ),
+    "dp fsdp blocks": (
+        {"data": 2, "fsdp": 4},
+        [jp.DP(), BLOCKS],
+        each(GATHER, F, {MATRIX: 4 * DEPTH, FIRST: 1})
+        | each(SCATTER, F, EVERY)
+        | each(REDUCE, D, scaled(EVERY, 1 / 4))
+        | loss((*D, *F)),
+        BLOCK_WORDS,
+    ),
+    "dp fsdp tp blocks": (
+        {"data": 2, "fsdp": 2, "tensor": 2},
+        [jp.DP(), BLOCKS, TP],
+        {(REDUCE, T, TOKENS // 4 * DIM * 4): ACTIVATIONS}
+        | each(GATHER, F, {MATRIX // 2: 4 * DEPTH, FIRST: 1})
+        | each(SCATTER, F, {MATRIX // 2: 2 * DEPTH})
+        | each(REDUCE, D, {MATRIX // 4: 2 * DEPTH})
+        | each(REDUCE, (*D, *F), {FIRST: 1})  # whole, as tensor splits neither it nor the batch: `gradient_route`
+        | loss((*D, *F)),
+        BLOCK_WORDS
+        | {
+            f"activation, forward pass {LAYERS}",
+            f"activation, backward pass {LAYERS}, once for all matrices that read the same activation",
         },
     ),
 }
@@ -240,7 +267,7 @@ def test_accumulation_over_replicas_reduces_once():
     grad = jp.value_and_grad(square, accumulate=4)
     compiled = compile_step({"data": 8}, [jp.DP()], grad=grad)
     assert compiled.moved == each(REDUCE, D, EVERY) | loss(D, 2)
-    assert compiled.said == {"gradient, after the backward pass", LOSS}
+    assert compiled.said == {"gradient, backward pass", LOSS}
 
 
 def test_accumulation_over_shards_gathers_and_scatters_each_microbatch():
@@ -264,7 +291,7 @@ def test_accumulation_over_replicas_and_shards():
         | loss(D, 2)
     )
     assert "" not in compiled.said
-    assert "gradient, after the backward pass" in "; ".join(compiled.said)
+    assert {compiled.words[one.name] for one in compiled.found if one.axes == D and one.bytes >= FIRST // 4} != {""}
 
 
 def test_a_norm_for_clipping_has_its_own_words():

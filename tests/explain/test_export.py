@@ -75,6 +75,29 @@ def test_the_file_holds_types_shardings_donation_and_meaning(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["a.step"]
 
 
+def test_the_same_step_is_one_program_wherever_it_is_asked_for():
+    """Another line asks, from deeper in the stack: the same. Another line within the step: another program."""
+    mesh = jp.mesh("v5e:2x2", data=4)
+    x = sharded(mesh, (8, 8), "data")
+
+    def step(x):
+        return x + 1
+
+    def ask(step):
+        return _export.export(subject(step, (x,), {}, None)).digest()
+
+    def from_deeper(step):
+        return ask(step)
+
+    assert ask(step) == from_deeper(step)
+
+    def renamed(x):
+        return x + 1
+
+    renamed.__name__ = renamed.__qualname__ = "step"
+    assert ask(renamed) != ask(step)
+
+
 def test_what_the_compiler_does_not_see_makes_no_other_program():
     mesh = jp.mesh("v5e:2x2", data=4)
     one = _export.export(subject(lambda x: x + 1, (sharded(mesh, (8, 8), "data"),), {}, None))

@@ -32,7 +32,7 @@ def test_published_steps_are_within_a_fifth_and_half_of_them_within_a_tenth(erro
 
 @pytest.mark.parametrize("chip", ["v5e", "v5p"])
 def test_the_ranking_by_mfu_is_kept(chip, errors):
-    """Of configurations whose published speeds differ by more than a twentieth, the faster is predicted to be faster."""
+    """Of two whose published speeds differ by more than a twentieth, the faster is predicted to be faster."""
     cases = [case for case in CASES.values() if chip in case.target]
     mfu = {case.name: case.mfu / (1 + errors[case.name]) for case in cases}
     for one in cases:

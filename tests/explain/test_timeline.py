@@ -277,6 +277,19 @@ def test_a_product_is_no_faster_than_the_matrix_unit():
     assert [op.origin for op in got.ops] == ["cycles"]
 
 
+def test_what_no_pass_of_a_loop_waits_for_queues_and_ends_the_step():
+    """Each pass sends for GATHER and computes for less; the program waits for what is left when all passes are done."""
+    others, line = loop(32)
+    pair = f"%g = (bf16[128,256]{{1,0}}, {GATHERED}) all-gather-start(%w), {GROUPS}"
+    got = timeline(PARAMETER, line, others=others.replace(f"%g = {GATHERED} all-gather(%w), {GROUPS}", pair))
+    computed = 32 * 300_000 * PER_CYCLE
+
+    assert GATHER > 300_000 * PER_CYCLE
+    assert got.compute_seconds == pytest.approx(computed)
+    assert got.step_seconds == pytest.approx(32 * GATHER)
+    assert got.exposed == {("body", "g"): pytest.approx(32 * GATHER - computed)}
+
+
 def test_a_gpu_is_reckoned_by_a_roofline():
     dot = "%d = bf16[8192,8192]{1,0} dot(%x, %x), lhs_contracting_dims={1}, rhs_contracting_dims={0}"
     got = timeline("%x = bf16[8192,8192]{1,0} parameter(1)", dot, target="h100:1x8", fsdp=8)
