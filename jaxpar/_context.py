@@ -48,6 +48,11 @@ class Region:
         """The axes that split the batch dim here, outermost first."""
         return self.axes_of("batch")
 
+    @property
+    def crossed(self) -> Axes:
+        """The axes of more than one device that split the batch dim here: gradients are summed over them."""
+        return tuple(axis for axis in self.batch_axes if self.plan.axes[axis] > 1)
+
     def axes_of(self, dim: str) -> Axes:
         """The axes that split the logical dim `dim` of an activation here; `()` if none does."""
         return tuple(axis for axis in self.plan.dims.get(dim, ()) if axis not in self.replicas)

@@ -364,12 +364,18 @@ def _gradient_moves(plan: Plan, record: Record, times: int, where: str) -> Itera
     early = set(crossed) & _spec_axes(first)
     late = set(crossed) - early
     size = _bytes_of_one(plan, record, drop_axes(first, crossed), record.dtype)
-    for kind, over in (
-        ("reduce-scatter", early),
-        ("reduce-scatter" if late <= _spec_axes(last) else "all-reduce", late),
+    backward, after = f"backward pass{where}", "after the backward pass"
+    if record.role == TABLE:
+        after += ", for each use of it"  # a tied one has two
+    update = "before the update, of which each device does its part"
+    parts = late <= _spec_axes(last)
+    for kind, over, when in (
+        ("reduce-scatter", early, backward),
+        ("reduce-scatter", late if parts else (), backward if late <= _spec_axes(record.gradient) else update),
+        ("all-reduce", () if parts else late, after),
     ):
         if over:
-            axes, when = _in_order(plan, over), f"backward pass{where}"
+            axes = _in_order(plan, set(over))
             yield Move(what="gradient", kind=kind, axes=axes, bytes=size, times=times, when=when)
             size //= math.prod(plan.axes[axis] for axis in axes)
 

@@ -92,18 +92,20 @@ def read(value: jax.Array, record: Record, region: Region, *, layers: int = 0) -
         region: Where in the step it is read.
         layers: Leading dims of the record that `value` lacks: 1 inside a scan over layers.
     """
-    plan = region.plan
-    crossed = tuple(axis for axis in region.batch_axes if plan.axes[axis] > 1)
-    table = record.role == TABLE or (isinstance(region, Traced) and record.path in region.tables)
-    route = gradient_route(plan, record, crossed, table=table)
 
     def here(spec: PartitionSpec) -> NamedSharding:
         return region.sharding(PartitionSpec(*tuple(spec)[layers:]))
 
     if not jnp.issubdtype(value.dtype, jnp.floating):
         return jax.lax.with_sharding_constraint(value, here(record.compute))
-    move = _Move(here(record.storage), here(record.compute), tuple(map(here, route)), record.compute_dtype, record.path)
-    return _read(value, move)
+    route = tuple(map(here, route_of(record, region)))
+    return _read(value, _Move(here(record.storage), here(record.compute), route, record.compute_dtype, record.path))
+
+
+def route_of(record: Record, region: Region) -> tuple[PartitionSpec, PartitionSpec]:
+    """The specs that the gradient of a parameter passes in `region`: see `gradient_route`."""
+    table = record.role == TABLE or (isinstance(region, Traced) and record.path in region.tables)
+    return gradient_route(region.plan, record, region.crossed, table=table)
 
 
 GATHERED = "jaxpar.gather"

@@ -17,6 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 from . import _context
 from ._constrain import layout
+from ._copies import copied, copies_for
 from ._errors import ShardingError
 from ._types import Axes
 
@@ -104,24 +105,26 @@ def cross_entropy(
     region = _context.current()
     if region is None:
         return _loss_on_device(
-            hidden, head, labels, weights, vocab=(), tokens=(), vocab_size=head.shape[1], chunk=chunk
+            hidden, head, labels, weights, vocab=(), tokens=(), copied=(), vocab_size=head.shape[1], chunk=chunk
         )
     dims = ("vocab", *_TOKEN_DIMS[: labels.ndim])
     vocab, *token_axes = layout(region, "cross_entropy", dims, (head.shape[1], *labels.shape))
     tokens = P(*token_axes)
+    copies = copies_for(region, head.shape, P(None, vocab))
     kernel = jax.shard_map(
         ft.partial(
             _loss_on_device,
             vocab=vocab,
             tokens=sum(token_axes, ()),
+            copied=copies.axes,
             vocab_size=head.shape[1],
             chunk=chunk,
         ),
         mesh=region.mesh,
-        in_specs=(tokens, P(None, vocab), tokens, tokens),
+        in_specs=(tokens, copies.spread, tokens, tokens),
         out_specs=(P(), P()),
     )
-    return kernel(hidden, head, labels, weights)
+    return kernel(hidden, copied(head, copies), labels, weights)
 
 
 _TOKEN_DIMS = ("batch", "seq")
@@ -143,13 +146,15 @@ def _loss_on_device(
     *,
     vocab: Axes,
     tokens: Axes,
+    copied: Axes,
     vocab_size: int,
     chunk: int,
 ) -> tuple[jax.Array, jax.Array]:
     """The loss of one device's tokens over its rows of the vocabulary, then summed over both."""
+    head = head.reshape(head.shape[len(copied) :])
     # Varying and in float32 *before* the loop: so that gradients add up over chunks in float32, and cross the axes
     # once, after the loop. Left implicit, both would happen inside of it.
-    head32 = _varying(head, tokens).astype(jnp.float32)  # D V/v
+    head32 = _varying(head, tuple(axis for axis in tokens if axis not in copied)).astype(jnp.float32)  # D V/v
     hidden = _varying(hidden, vocab).reshape(-1, head.shape[0])  # N D
     start = lax.axis_index(vocab) * head.shape[1] if vocab else 0
     log_sum, picked = _scores(hidden, head32, labels.reshape(-1) - start, chunk)  # N, N: of V/v logits

@@ -40,8 +40,15 @@ def join_streams(cell: nbformat.NotebookNode) -> None:
             joined[-1].text += output.text
         else:
             joined.append(output)
+    # A line that counts seconds and is wiped at the end leaves nothing to read.
+    joined = [output for output in joined if output.get("name") != "stderr" or left_over(output.text)]
     if "outputs" in cell:
         cell.outputs = joined
+
+
+def left_over(text: str) -> str:
+    """What a terminal shows in the end of text that rewrites its line."""
+    return "\n".join(line.rpartition("\r")[2].removeprefix("\033[K") for line in text.split("\n")).strip()
 
 
 def check(file: pathlib.Path, cell: nbformat.NotebookNode) -> None:

@@ -16,8 +16,13 @@ class Layout:
 
     mesh: jax.sharding.Mesh
     dims: dict[str, tuple[str, ...]]
+    parameters: tuple[()] = ()
 
     __hash__ = object.__hash__
+
+    @property
+    def axes(self):
+        return dict(self.mesh.shape)
 
 
 def layout(dims=None, **axes):

@@ -447,7 +447,7 @@ def test_follow_tells_a_life():
 
 def test_follow_tells_of_zero_and_of_nothing_to_reduce():
     text = planned("zero 1").follow("inp.kernel").text
-    assert "  reduced   reduce-scatter gradient over data 12.0 KiB, backward pass\n  updated   [-, data]" in text
+    assert "  reduced   reduce-scatter gradient over data 12.0 KiB, before the update, of which each device" in text
     assert "  collected all-gather update over data 12.0 KiB, after the update" in text
     assert (
         "  reduced   not: every device has the whole gradient of its piece" in planned("tp").follow("inp.kernel").text

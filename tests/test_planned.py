@@ -123,7 +123,6 @@ def test_a_recipe_evaluates_as_it_trains():
     assert found == {("all-gather", 0): 2, ("all-gather", 1): 2 * L}
     loss = program.eval_step(state, batch)["loss"]
     assert float(loss) == pytest.approx(float(program.step(state, batch)[1]["loss"]), rel=1e-6)
-    assert jp.verify(program).ok
 
 
 def test_what_a_loss_gathers_itself_it_gathers_once(caplog):

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec as P
 
+import jaxpar as jp
 from jaxpar import _context
 from jaxpar._errors import ShardingError
 from jaxpar._vocab import cross_entropy, embed
@@ -174,6 +175,40 @@ def test_the_replicas_reduce_once_outside_of_every_loop():
 
 
 @pytest.mark.parametrize("tensor", [1, 4])
+def head_loss(params, batch):
+    return cross_entropy(batch["hidden"], params["head"], batch["labels"], batch["weights"], chunk=5)
+
+
+@pytest.mark.parametrize(
+    "axes",
+    [{"data": 2, "fsdp": 4}, {"data": 2, "fsdp": 2, "tensor": 2}, {"fsdp": 8}, {"data": 4, "tensor": 2}],
+    ids=str,
+)
+def test_the_gradient_of_a_head_moves_as_the_plan_says(axes):
+    """Cut over fsdp, and its pieces summed over data; what leaves a manual region is otherwise summed whole over both.
+
+    Its own gradient too: a Hessian-vector product.
+    """
+    table, _, labels, weights = example()
+    batch = {"hidden": np.random.default_rng(1).normal(size=(B, T, D)).astype(np.float32)}
+    batch |= {"labels": np.asarray(labels), "weights": np.asarray(weights)}
+    strategies = {"data": jp.DP(), "fsdp": jp.FSDP(min_bytes=0), "tensor": jp.TP(vocab="head")}
+    plan = jp.plan(lambda: {"head": table.T}, jp.mesh(**axes), [strategies[axis] for axis in axes])
+    params, placed = plan.init(), plan.batch(batch)
+
+    def both(params, batch):
+        gradient = lambda params: jp.value_and_grad(head_loss)(params, batch)[1]
+        return jax.jvp(gradient, (params,), (jax.tree.map(jnp.cos, params),))
+
+    found, single = plan.jit(both)(params, placed), jax.jit(both)(params, batch)
+    for one, alone in zip(jax.tree.leaves(found), jax.tree.leaves(single), strict=True):
+        np.testing.assert_allclose(one, alone, rtol=1e-5, atol=1e-6)
+    traffic = jp.testing.collectives(plan.jit(jp.value_and_grad(head_loss)), params, placed)
+    moved = [(each.kind, each.axes, each.bytes) for each in traffic if each.shape and each.axes != ("tensor",)]
+    told = [(move.kind, move.axes, move.bytes) for move in plan.follow("head").moves]
+    assert sorted(moved) == sorted(told), str(traffic)
+
+
 def test_logits_of_all_tokens_are_never_held(tensor):
     """4,096 tokens on a vocabulary of 8,192 would be 128 MiB; a chunk of 64 is 2 MiB, divided by the axis."""
     plan = layout({"batch": ("data",), "vocab": ("tensor",)}, data=1, tensor=tensor)

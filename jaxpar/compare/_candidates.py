@@ -138,7 +138,7 @@ class Search:
     def _fitted(
         self, hardware: Hardware, axes: Mapping[str, int], program: Program, traced: Trace
     ) -> Candidate | Rejected:
-        accumulate = self.recipe.accumulate
+        accumulate, memory = self.recipe.accumulate, memory_of(program, traced)
         for accumulate in self._microbatches(program):
             if accumulate != program.recipe.accumulate:
                 recipe = dataclasses.replace(self.recipe, accumulate=accumulate)

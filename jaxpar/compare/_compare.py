@@ -1,6 +1,7 @@
 """`compare`: every legal mesh by estimate, the best few by the compiler, one table."""
 
 import dataclasses
+import itertools
 import logging
 import os
 from collections.abc import Mapping, Sequence
@@ -13,7 +14,7 @@ from ..explain._estimate import num_tokens
 from . import _scale
 from ._candidates import Candidate, Rejected, Search, does_not_fit, refused
 from ._comparison import Comparison
-from ._rank import ranked
+from ._rank import TIE, ranked
 
 logger = logging.getLogger("jaxpar")
 
@@ -43,7 +44,8 @@ def compare(
         target: Hardware by name, `"v5p-128"`; several as a list, or in one text, `"v5p-64,v5p-128"`.
         batch: The global batch, in rows, `1024`, or in tokens, `"4M-tokens"`; the recipe's own if not given.
         seq: Tokens of a sequence, if not the recipe's.
-        tokens: To train on, `"1T"`: for the days and the price; 20 for each parameter if not given.
+        tokens: To train on (rows, without a sequence), `"1T"`: for the days and the price. If not given, 20 for each
+            parameter of a model of sequences.
         price: Of one chip for an hour, in any currency; or for each target its own.
         compile: How many meshes of each target to compile; 0 for none.
 
@@ -88,22 +90,33 @@ def compare(
         )
         if not candidates:
             raise
+    candidates = ranked(candidates)
     plan = search.plan
     if plan is None:
         reasons = "\n".join(f"  {each.target} {each.axes}: {each.detail or each.reason}" for each in rejected[:4])
         raise MeshError(f"compare: no mesh of {', '.join(each.name for each in hardware)} has a plan:\n{reasons}")
-    if tokens is None:
+    if any(a.seconds > b.seconds for a, b in itertools.pairwise(candidates) if a.target == b.target):
+        notes.append(
+            f"times within {TIE['estimate']:.0%} of each other (compiled ones {TIE['compiled']:.0%}) count as equal: "
+            "the simpler mesh comes first"
+        )
+    length = _scale.sequence_length(recipe)
+    if tokens is None and length is not None:
         notes.append(f"days and cost are for {TOKENS_PER_PARAMETER} tokens a parameter (tokens= for others)")
     return Comparison(
         name=type(plan.birth.build(plan.birth.shapes)).__name__,
         targets=tuple(each.name for each in hardware),
         rows=recipe.batch_size,
-        seq=_scale.sequence_length(recipe),
+        seq=length,
         num_tokens=num_tokens(recipe),
         num_parameters=plan.totals().num_parameters,
-        train_tokens=TOKENS_PER_PARAMETER * plan.totals().num_parameters if tokens is None else _scale.number(tokens),
+        train_tokens=_scale.number(tokens)
+        if tokens is not None
+        else 0
+        if length is None
+        else TOKENS_PER_PARAMETER * plan.totals().num_parameters,
         price=_prices(price, hardware),
-        candidates=tuple(ranked(candidates)),
+        candidates=tuple(candidates),
         rejected=tuple(rejected),
         notes=tuple(notes),
         interrupted=interrupted,

@@ -21,7 +21,7 @@ class Comparison:
         seq: Tokens of a sequence; `None` if the batch has none.
         num_tokens: Tokens (rows, without a sequence) of the global batch.
         num_parameters: Of the model.
-        train_tokens: For how many `days` and `cost` are.
+        train_tokens: For how many `days` and `cost` are; 0 if nobody said.
         price: Of a chip for an hour, by target.
         candidates: The legal meshes, compiled ones first, the simplest of equally fast ones first.
         rejected: The others, each with its reason.
@@ -68,7 +68,11 @@ class Comparison:
     def cost(self, candidate: Candidate) -> float | None:
         """Of that, in the currency of the price; `None` without one."""
         price = self.price.get(candidate.target)
-        return None if price is None else price * candidate.report.num_chips * 24 * self.days(candidate)
+        return (
+            None
+            if price is None or not self.train_tokens
+            else price * candidate.report.num_chips * 24 * self.days(candidate)
+        )
 
     @property
     def verdicts(self) -> tuple[str, ...]:

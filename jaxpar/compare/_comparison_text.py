@@ -48,8 +48,8 @@ def header(comparison: "Comparison") -> list[str]:
     """The titles of a table's columns."""
     unit = "tokens" if comparison.seq is not None else "rows"
     trained = f"days for {_short(comparison.train_tokens)} {unit}"
-    cost = ["cost"] if comparison.price else []
-    return ["", "mesh", "memory", "step", "low - high", "exposed", "MFU", f"{unit}/s", trained, *cost, "by"]
+    last = [trained, *(["cost"] if comparison.price else [])] if comparison.train_tokens else []
+    return ["", "mesh", "memory", "step", "low - high", "exposed", "MFU", f"{unit}/s", *last, "by"]
 
 
 def cells(comparison: "Comparison", number: int, candidate: Candidate) -> list[str]:
@@ -67,8 +67,8 @@ def cells(comparison: "Comparison", number: int, candidate: Candidate) -> list[s
         f"{seconds_text(waits)} ({waits / timeline.step_seconds:.0%})",
         f"{report.mfu:.1%}" if report.mfu is not None else "?",
         f"{report.tokens_per_second:,.0f}" if report.tokens_per_second is not None else "?",
-        f"{comparison.days(candidate):,.3g}",
-        *([f"{cost:,.0f}" if cost is not None else "?"] if comparison.price else []),
+        *([f"{comparison.days(candidate):,.3g}"] if comparison.train_tokens else []),
+        *([f"{cost:,.0f}" if cost is not None else "?"] if comparison.price and comparison.train_tokens else []),
         "compiler" if candidate.is_compiled else "estimate",
     ]
 

@@ -46,7 +46,7 @@ def why(first: Candidate, second: Candidate) -> str:
     """Why `first` comes before `second`: the collectives that differ, or that it is simpler."""
     gain = second.seconds / first.seconds - 1
     differ = _differences(first.report, second.report)
-    told = "; ".join(differ[:3]) or "they move the same"
+    told = "; ".join(differ[:3]) or "no kind of collective by more than 0.2% of a step"
     times = f"{seconds_text(first.seconds)} against {seconds_text(second.seconds)} a step"
     if abs(gain) <= tie(first, second):
         simpler = (

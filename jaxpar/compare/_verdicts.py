@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from .._plan_text import bytes_text
 from ._candidates import Candidate
-from ._rank import why
+from ._rank import seconds_text, why
 
 if TYPE_CHECKING:
     from ._comparison import Comparison
@@ -69,6 +69,9 @@ def _across(comparison: "Comparison", firsts: list[Candidate]) -> str:
     told = []
     for each in sorted(firsts, key=lambda each: each.seconds):
         cost = comparison.cost(each)
+        if not comparison.train_tokens:
+            told.append(f"{each.target} ({each.name}) takes {seconds_text(each.seconds)} a step")
+            continue
         told.append(
             f"{each.target} ({each.name}) takes {comparison.days(each):.3g} days"
             + (f" and costs {cost:,.0f}" if cost is not None else f" of {each.report.num_chips} chips")

@@ -100,7 +100,7 @@ def _lines(said: str) -> list[Scene]:
 def _timeline(report: "Report") -> _Drawn:
     line = report.timeline
     if line is None or not line.step_seconds > 0 or not math.isfinite(line.step_seconds):
-        return _Drawn(title="Timeline", lead="no time is claimed for this hardware")
+        return _Drawn(title="Timeline", lead=tables.why_no_time(report))
     lead = tables.PARTS["time"](report, False).lead
     hues = _lane_hues(report, line)
     scale = (_WIDTH - _LEFT - _RIGHT) / line.step_seconds

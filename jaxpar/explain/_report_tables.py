@@ -108,7 +108,7 @@ def made(report: "Report") -> list[str]:
 
 def headline(report: "Report") -> list[tuple[str, str, str]]:
     """The figures that one looks at first: `(what, how much, and what more)`."""
-    rows = [("step", "not claimed", "no time is predicted for this hardware")]
+    rows = [("step", "not claimed", why_no_time(report))]
     if report.timeline is not None:
         line = report.timeline
         span = f"between {seconds_text(line.low)} and {seconds_text(line.high)}" if line.high > line.low > 0 else ""
@@ -126,6 +126,11 @@ def headline(report: "Report") -> list[tuple[str, str, str]]:
         aside = f"{share_text(peak, limit)} of the {size_text(limit)} of a device" if limit else "a device"
         rows.append(("memory", size_text(peak), aside))
     return rows
+
+
+def why_no_time(report: "Report") -> str:
+    """What a reader is told where there is no timeline."""
+    return "nothing that runs could be read" if report.unread else "no speed is claimed for this hardware"
 
 
 def parts(report: "Report", *, whole: bool = False) -> list[Part]:
@@ -393,7 +398,7 @@ def _flops(report: "Report", whole: bool) -> Part:
 def _time(report: "Report", whole: bool) -> Part:
     line = report.timeline
     if line is None:
-        return Part(name="time", title="Time", lead="no time is claimed for this hardware")
+        return Part(name="time", title="Time", lead=why_no_time(report))
     parts = [("compute", line.compute_seconds), ("exposed communication", line.exposed_communication_seconds)]
     parts += [("bubble", line.bubble_seconds)] if line.bubble_seconds else []
     told = ", ".join(f"{name} {seconds_text(each)} ({share_text(each, line.step_seconds)})" for name, each in parts)

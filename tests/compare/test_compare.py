@@ -12,6 +12,7 @@ import optax
 import pytest
 
 import jaxpar as jp
+from jaxpar.cli import main
 from jaxpar.compare import Candidate
 from jaxpar.compare._rank import ranked, why
 from jaxpar.compare._scale import number, scaled
@@ -241,3 +242,13 @@ def test_the_best_are_compiled_and_told_apart():
     assert found.candidates[:2] == tuple(compiled)
     assert all(each.report.compiler for each in compiled)
     assert {each.estimate.origin for each in compiled} == {"estimate"}
+
+
+def test_the_command_line_prints_a_table_or_json(capsys):
+    words = ["compare", "models.gpt:tiny", "--target", "v5e:2x2", "--compile", "0", "--batch", "4k-tokens"]
+    assert main([*words, "--price", "v5e=1.2", "--tokens", "1B"]) == 0
+    assert "days for 1B tokens" in capsys.readouterr().out
+    assert main([*words, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["num_tokens"] == 4096
+    assert main([*words, "--price", "cheap"]) == 2
+    assert "--price 'cheap'" in capsys.readouterr().err

@@ -41,7 +41,9 @@ EXPECTED = {
         ("all-reduce", FSDP, True): VECTORS + SCALARS,
     },
     "zero2": {
-        ("reduce-scatter", BOTH, True): MATRICES + TWICE,
+        ("reduce-scatter", FSDP, True): MATRICES - 1,  # and then its pieces over data: one axis at a time
+        ("reduce-scatter", DATA, True): MATRICES - 1,
+        ("reduce-scatter", BOTH, True): 1 + TWICE,  # a table is summed whole
         ("all-reduce", BOTH, True): VECTORS + SCALARS,
     },
     "zero2-step": {

@@ -175,7 +175,7 @@ def test_a_vmapped_linear_is_split_by_its_features():
         (("mlp", "embed"), FIRST, "row"),
         (("embed", "heads"), SECOND, "column"),
         (("kv", "embed"), FIRST, "row"),
-        (("vocab", "embed"), FIRST, ""),
+        (("vocab", "embed"), FIRST, "table"),
         (("heads", "kv"), FIRST, ""),
     ],
 )
