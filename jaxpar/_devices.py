@@ -25,7 +25,8 @@ def simulate(num_devices: int) -> list[Device]:
     Does nothing if it already does. If JAX is already running on other devices, it starts again: every compiled
     function is dropped, and arrays, keys and meshes made before stay on the old devices and do not mix with new ones;
     what was discarded is logged. The devices share the host's cores and memory. Setting
-    `XLA_FLAGS=--xla_force_host_platform_device_count=8` before Python starts does the same.
+    `XLA_FLAGS=--xla_force_host_platform_device_count=8` and `PJRT_NPROC=64` before Python starts does the same (see
+    `jaxpar._devices.enough_threads`).
 
     Raises:
         MeshError: `num_devices` is not a positive number, or this process belongs to a cluster.
@@ -41,8 +42,8 @@ def simulate(num_devices: int) -> list[Device]:
             f"simulate({num_devices}): this process belongs to a cluster, and starting JAX again would cut it off from "
             "the rest. Give each process its devices before it starts: JAX_NUM_CPU_DEVICES=2."
         )
-    if _start_cpu(num_devices):
-        return jax.devices()
+    if (started := _start_cpu(num_devices)) is not None:
+        return started
     before = jax.devices()
     if before[0].platform == "cpu" and len(before) == num_devices:
         return before
@@ -167,8 +168,8 @@ def _only_cpu() -> bool:
 
 def _cpu_devices(num_devices: int, allow_unused: bool) -> list[Device]:
     """`num_devices` CPU devices: simulated if JAX has not started, else those that there are."""
-    if not jax.distributed.is_initialized() and _start_cpu(num_devices):
-        return jax.devices()
+    if not jax.distributed.is_initialized() and (started := _start_cpu(num_devices)) is not None:
+        return started
     devices = jax.devices()
     is_cpu = devices[0].platform == "cpu"
     if is_cpu and len(devices) == num_devices:
@@ -182,11 +183,35 @@ def _cpu_devices(num_devices: int, allow_unused: bool) -> list[Device]:
     )
 
 
-def _start_cpu(num_devices: int) -> bool:
-    """Choose `num_devices` CPU devices, if JAX has not started: it refuses this option afterwards."""
+def _start_cpu(num_devices: int) -> list[Device] | None:
+    """Start JAX on `num_devices` CPU devices; `None` if it has started: it refuses this option afterwards."""
     try:
         jax.config.update("jax_num_cpu_devices", num_devices)
     except RuntimeError:
-        return False
+        return None
     jax.config.update("jax_platforms", "cpu")
-    return True
+    with enough_threads(num_devices):
+        return jax.devices()
+
+
+THREADS = 8  # for each simulated device; with 2 the program below still stuck every other time, with 4 it did not
+
+
+@contextlib.contextmanager
+def enough_threads(num_devices: int) -> Iterator[None]:
+    """JAX, started within on simulated devices, has threads for collectives that wait side by side on one device.
+
+    XLA:CPU takes as many threads as there are cores or devices, whichever are more, and a collective keeps one until
+    all devices have come. Where a program has two that do not depend on one another, a device may wait in both and
+    leave none to another: then all wait, and XLA ends the process after 60 seconds. Seen with 8 devices on 2 cores: 7
+    in an all-reduce, and the eighth thread in an all-gather of a device that was in the all-reduce too. XLA reads how
+    many threads it is to have when it starts, from this variable; one that is set already has the word.
+    """
+    if {"PJRT_NPROC", "NPROC"} & os.environ.keys():
+        yield
+        return
+    os.environ["PJRT_NPROC"] = str(max(os.cpu_count() or 1, THREADS * num_devices))
+    try:
+        yield
+    finally:
+        del os.environ["PJRT_NPROC"]

@@ -635,6 +635,24 @@ def test_simulate_in_a_live_process(child_env):
     assert second.startswith("jp.simulate(4): JAX was running on 8 CPU devices and has started again on 4 CPU devices.")
 
 
+@pytest.mark.parametrize(("said", "expected"), [({}, 64), ({"PJRT_NPROC": "9"}, 9)], ids=["unsaid", "said"])
+def test_simulated_devices_have_threads_to_wait_in(said, expected, child_env):
+    """With a thread for each device alone, two collectives at once may keep all of them, and wait for ever."""
+    ours = ("JAX_NUM_CPU_DEVICES", "PJRT_NPROC")
+    threads, _ = run_python(
+        """
+        import json, os, pathlib
+        from jaxpar import _mesh
+        before = dict(os.environ)
+        _mesh.simulate(8)
+        assert dict(os.environ) == before
+        print(json.dumps([path.read_text().strip() for path in pathlib.Path("/proc/self/task").glob("*/comm")]))
+        """,
+        {key: value for key, value in child_env.items() if key not in ours} | said,
+    )
+    assert threads.count("tf_XLAEigen") == expected
+
+
 def test_simulate_by_flag_or_by_name(child_env):
     """The plain XLA flag gives a mesh by itself; hardware `cpu:N` simulates before JAX has started."""
     env = {key: value for key, value in child_env.items() if key != "JAX_NUM_CPU_DEVICES"}

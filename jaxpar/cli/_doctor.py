@@ -22,7 +22,14 @@ EXTRAS = {  # the extra: what it is for, and modules that show whether it is ins
     "wandb": ("metrics in Weights & Biases", ("wandb",)),
     "notebook": ("notebooks, and pictures as PNG", ("ipykernel", "matplotlib", "nbclient", "nbformat")),
 }
-VARIABLES = ("JAXPAR_MESH", "JAX_PLATFORMS", "XLA_FLAGS", "JAX_NUM_CPU_DEVICES", "JAX_COMPILATION_CACHE_DIR")
+VARIABLES = (
+    "JAXPAR_MESH",
+    "JAX_PLATFORMS",
+    "XLA_FLAGS",
+    "JAX_NUM_CPU_DEVICES",
+    "PJRT_NPROC",
+    "JAX_COMPILATION_CACHE_DIR",
+)
 ACCELERATORS = {"/dev/nvidia0": "cuda13", "/dev/accel0": "tpu", "/dev/vfio/0": "tpu"}
 ASK = (
     "import jax; d = jax.devices(); kinds = sorted({each.device_kind for each in d});"

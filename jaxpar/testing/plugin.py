@@ -55,7 +55,10 @@ def pytest_sessionstart(session: pytest.Session) -> None:
         return
     import jax
 
-    found = jax.devices()
+    from jaxpar._devices import enough_threads
+
+    with enough_threads(wanted):
+        found = jax.devices()
     if len(found) != wanted or found[0].platform != "cpu":
         raise pytest.UsageError(
             f"jaxpar_devices = {wanted}, but JAX has {len(found)} {found[0].platform} device(s). JAX was started "
