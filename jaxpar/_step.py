@@ -121,7 +121,7 @@ class StepFunction:
         self._on_recompile = on_recompile
         self._options = compiler_options
         self._must_read = reads
-        self._matches: dict[tuple[Place, tuple[int, ...]], Match | None] = {}
+        self._matches: dict[tuple[Place, tuple[int, ...], Any], Match | None] = {}
         self._compiled: dict[Any, _Compiled] = {}
         self._last: tuple[Any, list[Place]] | None = None
         self.recompilations: list[list[str]] = []
@@ -176,9 +176,7 @@ class StepFunction:
             places=call.places,
             records=[
                 match and match.record
-                for match in (
-                    self._match(place, np.shape(array)) for place, array in zip(call.places, call.arrays, strict=True)
-                )
+                for match in (self._match(place, array) for place, array in zip(call.places, call.arrays, strict=True))
             ],
             shardings=compiled.shardings,
             donated=compiled.donated,
@@ -227,7 +225,7 @@ class StepFunction:
 
     def _build(self, call: Call, shardings: list[NamedSharding]) -> _Compiled:
         plan = self.plan
-        found = [self._match(place, np.shape(array)) for place, array in zip(call.places, call.arrays, strict=True)]
+        found = [self._match(place, array) for place, array in zip(call.places, call.arrays, strict=True)]
         _check_parameters(call, found)
         traced: dict[str, Any] = {}
 
@@ -284,15 +282,15 @@ class StepFunction:
         )
         return _Compiled(function, shardings, changed, donated, result, tuple(region.notes))
 
-    def _match(self, place: Place, shape: tuple[int, ...]) -> Match | None:
-        key = (place, shape)
+    def _match(self, place: Place, array: Any) -> Match | None:
+        key = (place, np.shape(array), getattr(array, "dtype", None))
         if key not in self._matches:
-            self._matches[key] = _match(self.plan, place, shape)
+            self._matches[key] = _match(self.plan, *key)
         return self._matches[key]
 
     def _input_sharding(self, array: Any, place: Place) -> NamedSharding:
         plan = self.plan
-        match = self._match(place, np.shape(array))
+        match = self._match(place, array)
         if match is not None:
             return plan.sharding(match.slots if place.is_slot else match.storage)
         own = getattr(array, "sharding", None)
@@ -311,7 +309,7 @@ class StepFunction:
     def _output_sharding(self, place: Place, aval: Any, rows: set[int]) -> NamedSharding:
         """Where something that a step returns lies: with its parameter, with the batch, or whole if it is a scalar."""
         plan = self.plan
-        match = self._match(place, aval.shape)
+        match = self._match(place, aval)
         if match is not None:
             return plan.sharding(match.slots if place.is_slot else match.storage)
         if not aval.shape or place.kind is not None or place.is_slot:
@@ -450,7 +448,9 @@ def _named(function: Callable[..., Any], name: str, kept: list[int]) -> Callable
     return step
 
 
-def _match(plan: Any, place: Place, shape: tuple[int, ...]) -> Match | None:
+def _match(plan: Any, place: Place, shape: tuple[int, ...], dtype: Any) -> Match | None:
+    if place.kind is None and not place.is_slot and dtype in _INDICES:
+        return None  # tokens or positions of a batch, which may well have the name and the shape of a parameter
     if place.kind is None or place.is_slot:
         return plan.matcher.match(place.path, shape)
     if not _is_parameter(place.kind):
@@ -461,6 +461,9 @@ def _match(plan: Any, place: Place, shape: tuple[int, ...]) -> Match | None:
     inside_argument = place.path.partition(".")[2]
     whole = f".{place.path}".endswith(f".{match.record.path}")
     return match if whole or f".{match.record.path}".endswith(f".{inside_argument}") else None
+
+
+_INDICES = (np.dtype(np.int32), np.dtype(np.int64))  # narrower integers may be quantised state of an optimiser
 
 
 def _is_parameter(kind: type) -> bool:

@@ -10,6 +10,7 @@ import random
 import pytest
 
 from jaxpar import _hlo
+from jaxpar._hlo._text import short_file
 
 DATA = pathlib.Path(__file__).parent / "data" / "hlo"
 MESH = _hlo.MeshAxes(names=("fsdp", "tensor"), sizes=(4, 2))
@@ -609,3 +610,18 @@ def test_axes_of_a_program_whose_mesh_nobody_gave(groups, num_devices, slices, a
     found = module.axes(num_devices, of)
 
     assert dict(zip(found.names, found.sizes, strict=True)) == axes
+
+
+@pytest.mark.parametrize(
+    ("path", "shown"),
+    [
+        ("/home/me/project/models/gpt.py", "models/gpt.py"),
+        ("/home/me/other/gpt.py", "../other/gpt.py"),  # a notebook's folder beside that of the model
+        ("/home/you/gpt.py", "/home/you/gpt.py"),
+        ("/home/me/projects/gpt.py", "../projects/gpt.py"),
+        ("<string>", "<string>"),
+    ],
+)
+def test_files_below_and_beside_the_working_directory_are_short(path, shown, monkeypatch):
+    monkeypatch.setattr(pathlib.Path, "cwd", lambda: pathlib.Path("/home/me/project"))
+    assert short_file(path) == shown

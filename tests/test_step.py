@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from jax.sharding import PartitionSpec as P
 
 import jaxpar as jp
 from jaxpar import _tree
@@ -290,6 +291,22 @@ def test_a_helper_that_the_user_jitted_is_seen_by_every_step(plan):
     helper = jax.jit(loss_through_plan)
     for _ in range(2):
         plan.jit(lambda params, x: 2 * helper(params, x))(plan.init(), batch(plan))
+
+
+def test_a_batch_of_indices_is_no_parameter_of_its_name_and_shape():
+    """Positions of 64 rows of 64 tokens, beside 64 learned positions of 64 features that lie over `fsdp` alone."""
+    mesh = programs.mesh(data=2, fsdp=4)
+    plan = jp.plan(lambda: {"positions": jnp.ones((D, D)), "up": jnp.ones((D, F))}, mesh, [jp.DP(), jp.FSDP()])
+    seen = {}
+
+    @plan.jit
+    def step(params, batch):
+        jax.debug.inspect_array_sharding(batch["positions"], callback=lambda each: seen.setdefault("spec", each.spec))
+        params = jp.gather(params)
+        return jnp.sum(params["positions"] @ params["up"]), jnp.max(batch["positions"])
+
+    step(plan.init(), plan.batch({"positions": np.zeros((D, D), np.int32)}))
+    assert seen["spec"] == P(("data", "fsdp"))
 
 
 def test_rejects_a_batch_that_is_not_split(plan):

@@ -340,6 +340,9 @@ def _frames(tables: dict[str, list[str]]) -> dict[int, tuple[tuple[str, int], ..
 
 
 def short_file(path: str) -> str:
-    """`path` from the working directory where it lies below it, as written otherwise."""
-    here = f"{pathlib.Path.cwd()}/"
-    return path.removeprefix(here)
+    """`path` from the working directory where it lies below it or beside it, as written otherwise."""
+    here = pathlib.Path.cwd()
+    for prefix, root in (("", f"{here}/"), ("../", f"{here.parent}/")):
+        if path.startswith(root):
+            return prefix + path.removeprefix(root)
+    return path

@@ -134,7 +134,8 @@ def compare(found: Baseline, path: str | os.PathLike[str]) -> None:
         )
     lines = _differences(wanted, found)
     if lines:
-        by = f" It was compiled by {wanted.compiler}, now by {found.compiler}." if wanted.compiler else ""
+        other = wanted.compiler and wanted.compiler != found.compiler
+        by = f" It was compiled by {wanted.compiler}, now by {found.compiler}." if other else ""
         raise AssertionError(
             "\n".join([f"What moves between devices is not what {path} says.{by}", *lines, _accept(path)])
         )

@@ -92,8 +92,12 @@ def test_one_collective_more_fails_with_both_numbers_and_its_place(report, updat
     path = tmp_path / "traffic.json"
     update(report, path)
     more = _reports.row("all-gather", size=2 * _reports.MIB, path="blocks.7.attn.k.kernel", name="new")
-    lines = failure(replaced(report, None, more), path)
-    assert lines[0].startswith(f"What moves between devices is not what {path} says. It was compiled by XLA:TPU")
+    changed = replaced(report, None, more)
+    lines = failure(changed, path)
+    assert lines[0] == f"What moves between devices is not what {path} says."
+    by_another = failure(dataclasses.replace(changed, compiler="another"), path)
+    assert by_another[0] == f"{lines[0]} It was compiled by {report.compiler}, now by another."
+    assert by_another[1:] == lines[1:]
     assert lines[1] == (
         "  all-gather over fsdp, outside of loops: 524,288,000 bytes (500.0 MiB, 2 times) in the file, "
         "526,385,152 bytes (502.0 MiB, 3 times) now: +0.4 %"
