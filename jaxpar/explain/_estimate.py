@@ -1,7 +1,8 @@
 """`estimate`: what a program costs in memory, traffic and time, reckoned from its plan without compiling anything.
 
 It takes one trace of the loss, which serves every mesh, and milliseconds for each. Less exact than a compiled program,
-and made for ranking meshes: what it leaves out, it leaves out on every mesh alike.
+and made for ranking meshes: what it leaves out, it leaves out on every mesh alike. Against XLA:TPU (v5e) it has been
+0 to 20% high in memory and within 5% in time; for arrays of a few MiB, which a TPU keeps on the chip, it is too high.
 
 - *Traffic* is `Plan.moves` of every parameter, and what a split vocabulary moves.
 - *Memory* is what the plan stores, the batch, and the fullest moment of the gradient's own arrays, each cut as
@@ -22,6 +23,7 @@ import jax
 import numpy as np
 
 from .. import _mesh
+from .._compat import scan_counts
 from .._context import axes_at
 from .._plan import Move, Record
 from .._plan_text import move_text
@@ -531,7 +533,7 @@ def _invariant(op: Op) -> set[int]:
     if op.name != "scan":
         return set()
     (block,) = op.blocks
-    same = {id(value) for value in block.inputs[: op.params["num_consts"]]}
+    same = {id(value) for value in block.inputs[: scan_counts(op.params)[0]]}
     found: set[int] = set()
     for each in block.ops:
         if not each.blocks and all(value is None or id(value) in same for value in each.inputs):

@@ -137,29 +137,30 @@ def compiled(program):
 
 
 @pytest.mark.parametrize(
-    ("make", "axes", "least"),
-    [(recipe, {"data": 8}, 0.6), (recipe, {"data": 2, "fsdp": 2, "tensor": 2}, 0.5), (plain, {"fsdp": 8}, 0.6)],
+    ("make", "axes"),
+    [(recipe, {"data": 8}), (recipe, {"data": 2, "fsdp": 2, "tensor": 2}), (plain, {"fsdp": 8})],
     ids=["gpt-data", "gpt-all", "pytree-fsdp"],
 )
-def test_memory_is_near_what_xla_cpu_needs(make, axes, least):
-    """Arguments to the byte, but for padding of scalars. The peak from below: XLA:CPU writes down what TPUs fuse."""
+def test_memory_is_half_or_more_of_what_xla_cpu_needs(make, axes):
+    """Arguments to the byte, but for padding of scalars. XLA:CPU writes down what TPUs fuse: up to as much again."""
     program = make().on(jp.mesh(**axes))
     found, truth = estimate(program).memory, compiled(program).memory_analysis()
     assert abs(found.argument - truth.argument_size_in_bytes) < 1024
     ratio = found.peak / (truth.argument_size_in_bytes + truth.temp_size_in_bytes)
-    assert least < ratio < 1.2, f"{found.peak / MIB:.1f} MiB estimated, ratio {ratio:.2f}"
+    assert 0.5 < ratio < 1.2, f"{found.peak / MIB:.1f} MiB estimated, ratio {ratio:.2f}"
 
 
 @pytest.mark.libtpu
 def test_an_estimate_is_near_what_xla_tpu_makes():
-    """Peak memory within a third, computation within a half, what is exposed within 15% of the step."""
-    cfg = dataclasses.replace(SMALL, vocab_size=2048, max_positions=512, embed_dim=512, mlp_dim=2048)
-    program = gpt.recipe(cfg, batch=64).on(jp.mesh("v5e:2x4", data=2, fsdp=2, tensor=2))
+    """Seen: memory 1.13 of the compiler's, computation 1.01, exposed communication 1.04, the step 1.01."""
+    # Large enough that no array stays in the chip's own 128 MiB, of which the estimate knows nothing.
+    cfg = dataclasses.replace(SMALL, vocab_size=2048, max_positions=1024, embed_dim=1024, mlp_dim=4096)
+    program = gpt.recipe(cfg, batch=256).on(jp.mesh("v5e:2x4", data=2, fsdp=2, tensor=2))
     found, truth = estimate(program), jp.explain(program)
-    assert 0.75 < found.memory.peak / truth.memory.peak < 1.33
-    assert 0.67 < found.timeline.compute_seconds / truth.timeline.compute_seconds < 1.5
-    exposed = [each.timeline.exposed_communication_seconds for each in (found, truth)]
-    assert abs(exposed[0] - exposed[1]) < 0.15 * truth.timeline.step_seconds
+    assert 0.8 < found.memory.peak / truth.memory.peak < 1.25
+    for name in ("step_seconds", "compute_seconds", "exposed_communication_seconds"):
+        ratio = getattr(found.timeline, name) / getattr(truth.timeline, name)
+        assert 0.85 < ratio < 1.15, (name, ratio)
 
 
 def test_microbatches_hold_less():
@@ -167,7 +168,7 @@ def test_microbatches_hold_less():
     mesh = jp.mesh("v5e:2x4", fsdp=8)
     program = recipe().on(mesh)
     whole, parts = (memory_of(each, trace(each)) for each in (program, recipe(accumulate=4).on(mesh)))
-    assert parts.peak < whole.peak / 2
+    assert parts.temporary < whole.temporary / 2
     assert any(each.path == "the accumulator" for each in parts.held)
 
 
