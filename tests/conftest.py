@@ -14,6 +14,7 @@ import typing
 # Tests that start a process pass these on: a child neither searches for a TPU nor takes one.
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["TPU_SKIP_MDS_QUERY"] = "1"
+os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # two workers may compile for TPU at once
 
 import beartype
 import jax

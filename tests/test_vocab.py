@@ -174,7 +174,6 @@ def test_the_replicas_reduce_once_outside_of_every_loop():
     assert reductions(program) == (1, 7)  # four over `tensor` a microbatch, as above, three of them again for remat
 
 
-@pytest.mark.parametrize("tensor", [1, 4])
 def head_loss(params, batch):
     return cross_entropy(batch["hidden"], params["head"], batch["labels"], batch["weights"], chunk=5)
 
@@ -209,6 +208,7 @@ def test_the_gradient_of_a_head_moves_as_the_plan_says(axes):
     assert sorted(moved) == sorted(told), str(traffic)
 
 
+@pytest.mark.parametrize("tensor", [1, 4])
 def test_logits_of_all_tokens_are_never_held(tensor):
     """4,096 tokens on a vocabulary of 8,192 would be 128 MiB; a chunk of 64 is 2 MiB, divided by the axis."""
     plan = layout({"batch": ("data",), "vocab": ("tensor",)}, data=1, tensor=tensor)

@@ -89,6 +89,7 @@ class Search:
     def __init__(self, recipe: Recipe):
         self.recipe = recipe
         self.programs: dict[tuple[str, tuple[tuple[str, int], ...]], Program] = {}
+        self.margin = 1.0  # how much more memory than estimated a step is expected to need
         self.plan: Any = None  # of any mesh: what is said of the model alone
         self._traces: dict[Any, Trace] = {}
         self._layouts: dict[Any, str | None] = {}
@@ -145,13 +146,13 @@ class Search:
                 program = Program(recipe=recipe, plan=program.plan)
             memory = memory_of(program, traced)
             kept = memory.argument + program.plan.totals().gradients
-            if memory.peak <= memory.limit or kept > memory.limit:
+            if memory.peak * self.margin <= memory.limit or kept > memory.limit:
                 break
         report = estimate(program, traced)
         assert report.memory is not None, "an estimate has its memory"
-        if report.memory.peak > report.memory.limit:
+        if report.memory.peak * self.margin > report.memory.limit:
             kept = memory.argument + program.plan.totals().gradients
-            return does_not_fit(hardware.name, axes, accumulate, report, kept=kept)
+            return _does_not_fit(hardware.name, axes, accumulate, report, kept, self.margin)
         self.programs[hardware.name, tuple(axes.items())] = program
         return Candidate(target=hardware.name, axes=dict(axes), accumulate=accumulate, report=report, estimate=report)
 
@@ -190,11 +191,13 @@ def refused(target: str, axes: Mapping[str, int], message: str) -> Rejected:
     return Rejected(target=target, axes=dict(axes), reason=_first_line(message), detail=message)
 
 
-def does_not_fit(target: str, axes: Mapping[str, int], accumulate: int, report: Report, *, kept: int = 0) -> Rejected:
+def _does_not_fit(
+    target: str, axes: Mapping[str, int], accumulate: int, report: Report, kept: int, margin: float
+) -> Rejected:
     """A mesh whose devices are too small: by how much, and what is largest; `kept` is held whatever the batch."""
     memory = report.memory
     assert memory is not None, "it says what does not fit"
-    alone = max(kept, memory.argument) > memory.limit  # then no batch is small enough
+    alone = kept > memory.limit  # then no batch is small enough
     held = [each for each in memory.held if not alone or each.kind in ("parameter", "optimizer", "model_state")]
     largest = sorted(held, key=lambda each: -each.bytes)[:2]
     named = " and ".join(
@@ -205,10 +208,9 @@ def does_not_fit(target: str, axes: Mapping[str, int], accumulate: int, report: 
         target=target,
         axes=dict(axes),
         reason=(
-            f"does not fit: state and gradients alone {bytes_text(max(kept, memory.argument))} of "
-            f"{bytes_text(memory.limit)}"
+            f"does not fit: state and gradients alone {bytes_text(kept)} of {bytes_text(memory.limit)}"
             if alone
-            else f"does not fit: {bytes_text(memory.peak)} of {bytes_text(memory.limit)}{micro}"
+            else f"does not fit: {bytes_text(memory.peak * margin)} of {bytes_text(memory.limit)}{micro}"
         )
         + (f"; largest {named}" if named else ""),
     )

@@ -9,10 +9,12 @@ from collections.abc import Mapping, Sequence
 from .. import _hardware, _mesh_spec
 from .._errors import MeshError, ShardingError, StepError
 from .._hardware import Hardware
+from .._plan_text import bytes_text
 from .._recipe import Recipe
+from ..explain import Report
 from ..explain._estimate import num_tokens
 from . import _scale
-from ._candidates import Candidate, Rejected, Search, does_not_fit, refused
+from ._candidates import Candidate, Rejected, Search, refused
 from ._comparison import Comparison
 from ._rank import TIE, ranked
 
@@ -131,21 +133,25 @@ def _compile_best(
     rejected: list[Rejected],
     notes: list[str],
 ) -> None:
-    """Compile the best `count` candidates of `hardware`, and put what the compiler says in their place."""
+    """Compile the best `count` candidates of `hardware`, and put what the compiler says in their place.
+
+    Where the compiler needs more memory than was estimated, and finds no room, the others of the same hardware are
+    expected to need as much more, and are fitted anew, into more microbatches.
+    """
     if not count:
         return
     from ..explain import explain
 
-    here = [each for each in candidates if each.target == hardware.name]
     done = 0
-    for candidate in here:
-        if done == count:
+    for _ in range(3 * count):
+        left = [each for each in ranked(candidates) if each.target == hardware.name and not each.is_compiled]
+        if done == count or not left:
             return
+        candidate = left[0]
         logger.info("%s: compiling %s", hardware.name, candidate.name)
-        program = search.programs[hardware.name, tuple(candidate.axes.items())]
         at = candidates.index(candidate)
         try:
-            report = explain(program)
+            report = explain(search.programs[hardware.name, tuple(candidate.axes.items())])
         except (ShardingError, StepError) as error:
             del candidates[at]
             rejected.append(refused(hardware.name, candidate.axes, str(error)))
@@ -154,11 +160,36 @@ def _compile_best(
             candidates[at] = dataclasses.replace(candidate, report=report)
             done += 1
         elif report.origin == "refused":
-            del candidates[at]
-            rejected.append(does_not_fit(hardware.name, candidate.axes, candidate.accumulate, report))
+            notes.append(_fit_again(search, hardware, candidate, report, candidates, rejected))
         else:
             notes.append(f"{hardware.name}: nothing was compiled: {'; '.join(report.notes[:1])}")
             return
+
+
+def _fit_again(
+    search: Search,
+    hardware: Hardware,
+    candidate: Candidate,
+    report: Report,
+    candidates: list[Candidate],
+    rejected: list[Rejected],
+) -> str:
+    """Fit what is not compiled yet with the margin that `candidate` turned out to need; a note of it."""
+    needed, reckoned = report.memory, candidate.estimate.memory
+    assert needed is not None, "a refusal says what it needs"
+    assert reckoned is not None, "an estimate has its memory"
+    search.margin = max(search.margin, needed.peak / reckoned.peak)
+    for each in [each for each in candidates if each.target == hardware.name and not each.is_compiled]:
+        candidates.remove(each)
+        found = search.look(hardware, each.axes)
+        if isinstance(found, Candidate):
+            candidates.append(found)
+        else:
+            rejected.append(found)
+    return (
+        f"{hardware.name}: the compiler needs {bytes_text(needed.peak)} for {candidate.name}, {search.margin - 1:.0%} "
+        "more than estimated, so the others were fitted with that margin"
+    )
 
 
 def _targets(target: str | Hardware | Sequence[str | Hardware]) -> list[Hardware]:

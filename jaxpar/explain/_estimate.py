@@ -26,7 +26,6 @@ from .. import _mesh
 from .._compat import scan_counts
 from .._context import axes_at
 from .._plan import Move, Record
-from .._plan_text import move_text
 from .._recipe import Program, Recipe
 from .._types import Axes
 from . import _trace
@@ -466,7 +465,7 @@ class _Estimate:
             conditional=False,
             path=record.path,
             source="",
-            expected=f"{move_text(move, 1)}, {move.when}",
+            expected=f"{move.what}, {move.when}",
             seconds=transfer.seconds if self.hardware.peak_flops() else 0.0,
             exposed_seconds=exposed,
             name=f"{move.what}.{number}",

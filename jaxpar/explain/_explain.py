@@ -192,12 +192,13 @@ def assemble(
         faults.extend(said)
         return made
 
-    module = part("HLO text", lambda: _hlo.read(compiled.text)) or _hlo.read("")
-    faults.extend(module.unread)
     if compiled.refusal:
         module, notes = _hlo.read(""), (_refusal(compiled), *notes)
-    elif not module.program.entry:
-        faults.append("there is no computation in the text that can be read: is it optimised HLO, whole?")
+    else:
+        module = part("HLO text", lambda: _hlo.read(compiled.text)) or _hlo.read("")
+        faults.extend(module.unread)
+        if not module.program.entry:
+            faults.append("there is no computation in the text that can be read: is it optimised HLO, whole?")
     compiled = dataclasses.replace(compiled, axes=part("mesh", lambda: mesh_of(module, compiled)) or compiled.axes)
     if flops is None and not compiled.refusal:
         flops = part("FLOPs", lambda: from_hlo(module, compiled))

@@ -6,7 +6,7 @@ from .._hlo._text import Op
 from .._hlo._values import trip_count
 from ._evidence import SLIGHT, Evidence, Transfer, are, counted, named, severity, share_of
 from ._finding import Finding
-from ._flow import Trail, Value, reshaped
+from ._flow import Value, reshaped
 from ._units import size_text
 
 
@@ -87,14 +87,25 @@ def _linear(seen: Evidence):  # noqa: ANN202
 
 def _accumulator(seen: Evidence, add: Op, index: int) -> Op | None:
     """The loop of which the operand of `add` is a variable that is used for nothing else and becomes its result."""
-    variable = seen.flow.back(Value(add.computation, add.operands[index]))
+    variable, first = _variable(seen, Value(add.computation, add.operands[index]))
     loop = seen.flow.loop_of(variable)
     if loop is None:
         return None
-    others = [op for op, _ in _read(seen, variable).uses if op is not add]
+    read = seen.flow.follow(variable, lambda op, place: op is first or reshaped(op, place))
+    others = [op for op, _ in read.uses if op is not add]
     becomes = variable in seen.flow.follow(Value(add.computation, add.name), reshaped).values
     return loop if becomes and not others else None
 
 
-def _read(seen: Evidence, variable: Value) -> Trail:
-    return seen.flow.follow(variable, reshaped)
+def _variable(seen: Evidence, value: Value) -> tuple[Value, Op | None]:
+    """The loop variable that `value` is, and the `select` that it comes through, if any.
+
+    XLA:TPU sinks a sum's first value into the loop (WhileLoopFusibleSinking): `select(first round, 0, variable)`.
+    """
+    found = seen.flow.back(value)
+    op = seen.flow.program.op((found.computation, found.name))
+    for operand in op.operands[1:] if op is not None and op.opcode == "select" else ():
+        behind = seen.flow.back(Value(found.computation, operand))
+        if seen.flow.loop_of(behind) is not None:
+            return behind, op
+    return found, None

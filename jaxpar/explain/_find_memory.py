@@ -1,7 +1,5 @@
 """Memory: a step that does not fit or nearly does not, and results that might have reused an argument's memory."""
 
-import functools as ft
-import operator as op
 from collections.abc import Iterator
 
 from ._evidence import Evidence, are, at, counted
@@ -112,8 +110,21 @@ def _less(size: int, parts: int) -> int:
 
 def _axis_that_splits_none(seen: Evidence, kind: str) -> str:
     """The largest axis over which everything of a kind is whole; `""` if there is none, or that is not known."""
+    split: set[str] = set()
     alike = [number for number, each in seen.arguments.items() if each.kind == kind]
-    if not alike or any(number not in seen.argument_axes for number in alike):
-        return ""
-    split = set(seen.varying.axes(ft.reduce(op.or_, (seen.argument_axes[number] for number in alike))))
-    return max((axis for axis in seen.sizes if axis not in split), key=lambda axis: seen.sizes[axis], default="")
+    for number in alike:
+        axes = _axes_of(seen, number)
+        if axes is None:
+            return ""
+        split.update(axes)
+    whole = [axis for axis in seen.sizes if axis not in split] if alike else []
+    return max(whole, key=lambda axis: seen.sizes[axis], default="")
+
+
+def _axes_of(seen: Evidence, number: int) -> tuple[str, ...] | None:
+    """The axes that split an argument: as told, for of a program that was refused there is no text to ask."""
+    told = seen.arguments[number].axes
+    if told is not None:
+        return told
+    bits = seen.argument_axes.get(number)
+    return None if bits is None else seen.varying.axes(bits)

@@ -124,6 +124,8 @@ def windowed_einsums(seen: Evidence) -> Iterator[Finding]:
 _EXPOSED_NOTE, _EXPOSED_WARNING = 0.1, 0.25
 _SMALL = 64 * 2**10  # below it a collective's time is that of its start, on every interconnect that we know
 _MANY = 16
+_NARROW = ("bf16", "f16")
+_BFLOAT16 = 'jp.plan(..., precision=jp.Precision(compute="bfloat16"))'
 _PLAIN = 0.75  # of the peak: what XLA:TPU's own cycles say of large matmuls is 0.75 to 0.95
 
 
@@ -146,10 +148,10 @@ def _hide(seen: Evidence, axes: tuple[str, ...], worst: Transfer) -> str:
     if (
         first.kind in ("all-gather", "reduce-scatter") and worst.op.name in seen.pieces
     ) or first.kind == "reduce-scatter":
+        narrower = "" if first.dtype in _NARROW else "; or move weights and gradients in bfloat16, " + _BFLOAT16
         return (
             "More tokens a device, so that a layer computes longer than its weights travel (a larger batch, or fewer "
-            f"devices on {named(axes)} and the rest on another axis); or gather in bfloat16, "
-            'jp.plan(..., precision=jp.Precision(compute="bfloat16")).'
+            f"devices on {named(axes)} and the rest on another axis){narrower}."
         )
     if first.kind == "all-reduce":
         return (

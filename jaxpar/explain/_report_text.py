@@ -34,7 +34,8 @@ def text(report: "Report") -> str:
     for note in report.notes:
         lines += _wrapped(f"note: {note}", "")
     if report.unread:
-        lines.append(f"not read of the program: {len(report.unread)} things, such as")
+        number = "one thing" if len(report.unread) == 1 else f"{len(report.unread)} things, such as"
+        lines.append(f"not read of the program: {number}")
         lines += [f"  {shortened(each, WIDTH - 2)}" for each in report.unread[:3]]
     return "\n".join(lines)
 

@@ -12,8 +12,10 @@ import optax
 import pytest
 
 import jaxpar as jp
+from jaxpar._hardware import parse
 from jaxpar.cli import main
 from jaxpar.compare import Candidate
+from jaxpar.compare._candidates import Search
 from jaxpar.compare._rank import ranked, why
 from jaxpar.compare._scale import number, scaled
 from jaxpar.explain._estimate import estimate
@@ -58,6 +60,17 @@ def test_microbatches_are_as_few_as_fit(large):
             assert estimate(program).memory.peak > each.report.memory.limit
             return
     pytest.fail("no mesh needed microbatches: the case shows nothing")
+
+
+def test_a_margin_asks_for_more_microbatches():
+    """What a compiler needed beyond the estimate is expected of the other meshes: they are fitted with it."""
+    search, hardware = Search(scaled(gpt.llama_8b(), 1024, 4096)), parse("v5p-128")
+    first = search.look(hardware, {"fsdp": 64})
+    search.margin = 1.01 * first.report.memory.limit / first.report.memory.peak
+    second = search.look(hardware, {"fsdp": 64})
+    assert second.accumulate == 2 * first.accumulate
+    search.margin = 100.0
+    assert search.look(hardware, {"fsdp": 64}).reason.startswith("does not fit")
 
 
 def test_days_and_cost_follow_from_the_step(large):

@@ -20,10 +20,10 @@ from jax.sharding import NamedSharding, PartitionSpec as P
 import jaxpar as jp
 from jaxpar import _hardware, _hlo
 from jaxpar.explain._collectives import rows
-from jaxpar.explain._compiled import Compiled
+from jaxpar.explain._compiled import Argument, Compiled
 from jaxpar.explain._explain import explain
 from jaxpar.explain._findings import find
-from jaxpar.explain._memory import Held, Memory
+from jaxpar.explain._memory import Held, Memory, from_arguments
 from jaxpar.explain._timeline import Timeline, predict
 from tests import _programs
 from tests.explain._described import array, compiled, findings, kinds, mesh
@@ -37,6 +37,9 @@ def one(found, kind):
     assert any(letter.isdigit() for letter in finding.reason)
     assert finding.remedy
     return finding
+
+
+DATA = pathlib.Path(__file__).parents[1] / "data" / "hlo"
 
 
 # ---- reductions in loops
@@ -200,6 +203,17 @@ def test_one_matrix_for_all_layers_reduces_in_the_layer_loop():
 
     found = findings(step, on, params=array(on, (D, D)), batch=array(on, (ROWS, D), "data"))
     assert f"in each of {LAYERS} rounds" in one(found, "reduction-in-loop").reason
+
+
+def test_a_sum_whose_first_value_is_sunk_into_its_loop():
+    """XLA:TPU's own schedule for v5e 2x2 of four microbatches through eight layers: `select(first round, 0, sum)`."""
+    text = (DATA / "tpu_accumulated.txt").read_text()
+    axes = _hlo.MeshAxes(names=("data",), sizes=(4,))
+    program = Compiled(name="step", text=text, hardware=_hardware.parse("v5e:2x2"), axes=axes)
+    finding = one(find(_hlo.read(text), program), "reduction-in-loop")
+    assert "in each of 4 rounds" in finding.reason
+    assert "32.0 MiB a step and device, where 8.0 MiB" in finding.reason
+    assert finding.place == "w at model.py:8"
 
 
 # ---- gathers
@@ -578,6 +592,26 @@ def test_a_program_that_the_compiler_refused():
     assert finding.severity == "error"
 
 
+@pytest.mark.parametrize(
+    ("axes", "remedy"),
+    [
+        ((), 'jp.ZeRO(1, axis="data") saves about 21.0 GiB and fits.'),
+        (("data",), "Use more devices, or split the batch"),
+    ],
+    ids=["whole", "split"],
+)
+def test_a_program_that_the_compiler_refused_is_told_what_would_fit(axes, remedy):
+    """By the arguments, of which it is known how they are split."""
+    hardware = _hardware.parse("v5e:2x4")
+    state = Argument(path="opt.mu", kind="optimizer", shape=(6, 2**30), dtype="float32", bytes=24 * 2**30, axes=axes)
+    program = Compiled(
+        name="step", text="", hardware=hardware, axes=_hlo.MeshAxes(names=("data",), sizes=(8,)),
+        arguments=(state,), refusal="ran out of memory", needed=25 * 2**30,
+    )  # fmt: skip
+    memory = from_arguments(program)
+    assert one(find(_hlo.read(""), program, memory=memory), "memory").remedy.startswith(remedy)
+
+
 # ---- time
 
 
@@ -610,6 +644,16 @@ def test_exposed_communication(plain, exposed, severity):
     assert finding.seconds == pytest.approx(exposed)
 
 
+@pytest.mark.parametrize("dtype", ["f32", "bf16"])
+def test_weights_that_wait_are_to_move_in_bfloat16_unless_they_do(dtype):
+    text = (DATA / "tpu_fsdp_scan.txt").read_text().replace("bf16[", f"{dtype}[")
+    axes = _hlo.MeshAxes(names=("fsdp", "tensor"), sizes=(4, 2))
+    program = Compiled(name="step", text=text, hardware=_hardware.parse("v5e:2x4"), axes=axes)
+    found = find(_hlo.read(text), program, timeline=timeline_of(program, 0.4, exposed=0.4))
+    (finding,) = (each for each in found if each.kind == "exposed-communication" and "'fsdp'" in each.reason)
+    assert ("bfloat16" in finding.remedy) == (dtype == "f32"), finding.remedy
+
+
 def test_collectives_too_small_to_pay():
     """A sum of eight numbers in each of 256 rounds costs its start; once a step it costs nothing to speak of."""
     on = mesh(data=8)
@@ -634,9 +678,6 @@ def test_collectives_too_small_to_pay():
     assert finding.severity == "warning"
     assert is_line_of(finding.place, test_collectives_too_small_to_pay)
     assert kinds(run(2), above="none") == set()
-
-
-DATA = pathlib.Path(__file__).parents[1] / "data" / "hlo"
 
 
 @pytest.mark.parametrize(
