@@ -96,14 +96,21 @@ class TP(Strategy):
         before = len(draft.problems)
         for kind, given in patterns.items():
             draft.problems += check_patterns(given, draft.paths(), f"{self.label}: {kind}")
-        draft.problems += check_patterns([pattern for pattern, _ in self.heads], draft.paths(), f"{self.label}: heads")
         given, unmatched = sum(map(len, patterns.values())), len(draft.problems) - before
         if unmatched and unmatched == given:
             draft.problems[-1] += f" {propose(draft)}"
-        done = 0
+        draft.problems += check_patterns([pattern for pattern, _ in self.heads], draft.paths(), f"{self.label}: heads")
+        done, split = 0, []
         for leaf in draft.leaves.values():
             for dim, why in self._dims_of(leaf, patterns, draft):
+                split.append(leaf.alias)
                 done += self._split(leaf, dim, why, draft)
+        for pattern, _ in self.heads:
+            if any(matches(pattern, path) for path in draft.paths()) and not any(matches(pattern, at) for at in split):
+                draft.problems.append(
+                    f"{self.label}: heads[{pattern!r}] has no effect: {self.label} splits none of its leaves. Leave it "
+                    "out."
+                )
         if any("vocab" in (leaf.names or ()) for leaf in draft.leaves.values()) or self.vocab:
             draft.split_dim("vocab", self.axis)
         if not done and len(draft.problems) == before:
@@ -146,11 +153,13 @@ class TP(Strategy):
         heads = self._heads_of(leaf, whole, draft)
         if heads is not None and heads < size and leaf.role != "row":
             leaf.role = SHARED if leaf.role else ""
-            leaf.reasons.append((self.label, f"whole: {heads} heads for {self.axis}={size}, all of them on each device"))
+            leaf.reasons.append(
+                (self.label, f"whole: {heads} heads for {self.axis}={size}, all of them on each device")
+            )
             return 0
         number, what = (whole, f"has size {whole}") if heads is None else (heads, f"is {heads} heads")
         if number % size:
-            shared = "" if heads is not None or number > size else _if_shared(leaf, whole)
+            shared = _if_shared(leaf, whole) if heads is None and whole < size and leaf.role == "column" else ""
             draft.problems.append(
                 f"{leaf.path}: dim {dim} {what}, but axis {self.axis!r} has size {size}, and {size} does not "
                 f"divide {number}. {way_out(number, self.axis, size)}, or leave this leaf out of TP's patterns.{shared}"
@@ -160,14 +169,14 @@ class TP(Strategy):
         leaf.split(dim, self.axis, by=self.label, why=why, where=where)
         return 1
 
-
     def _heads_of(self, leaf: Leaf, size: int, draft: Draft) -> int | None:
         """Of how many heads the dim to split, of `size`, is made; `None` if nobody said."""
         found = {number: pattern for pattern, number in self.heads if matches(pattern, leaf.alias)}
         if len(found) > 1:
+            first, *_, last = found.values()
             draft.problems.append(
-                f"{leaf.path}: heads[{next(iter(found.values()))!r}] and heads[{list(found.values())[-1]!r}] both match "
-                "and differ. Make one of the patterns narrower."
+                f"{leaf.path}: heads[{first!r}] and heads[{last!r}] both match and differ. Make one of the patterns "
+                "narrower."
             )
         for number, pattern in found.items():
             if size % number:
@@ -180,7 +189,7 @@ class TP(Strategy):
 
 
 def _if_shared(leaf: Leaf, number: int) -> str:
-    return f' Key and value heads that devices may share: TP(heads={{"{leaf.module or leaf.alias}": {number}}}).'
+    return f" If devices may share them, TP(heads={{{leaf.module or leaf.alias!r}: {number}}})."
 
 
 def split_dim_of(leaf: Leaf, kind: str) -> int | None:
