@@ -178,14 +178,14 @@ class TP(Strategy):
                 f"{leaf.path}: heads[{first!r}] and heads[{last!r}] both match and differ. Make one of the patterns "
                 "narrower."
             )
-        for number, pattern in found.items():
-            if size % number:
-                draft.problems.append(
-                    f"{leaf.path}: heads[{pattern!r}] is {number}, which does not divide the {size} features that are "
-                    "to be split. Give the number of heads, not of features."
-                )
-            return number
-        return None
+        number, pattern = next(iter(found.items()), (None, ""))
+        if number and size % number:
+            draft.problems.append(
+                f"{leaf.path}: heads[{pattern!r}] is {number}, which does not divide the {size} features that are to "
+                "be split. Give the number of heads, not of features."
+            )
+            return None
+        return number
 
 
 def _if_shared(leaf: Leaf, number: int) -> str:
