@@ -25,8 +25,9 @@ def constrain(x: jax.Array, *dims: str | None) -> jax.Array:
     """Say which logical dim each dim of `x` is; inside `plan.jit`, `x` is laid out as the plan maps these dims.
 
     Moves data only where the compiler would have laid `x` out otherwise. A dim that the plan does not split is kept
-    whole on every device. Two dims of one array never share an axis; when `"seq"` and another dim both have it, the
-    other dim gets it (sequence-parallel norms: `"seq"` is split over `tensor` where no feature dim is).
+    whole on every device, and so are fewer `"kv"` heads than devices would share. Two dims of one array never share an
+    axis; when `"seq"` and another dim both have it, the other dim gets it (sequence-parallel norms: `"seq"` is split
+    over `tensor` where no feature dim is).
 
     Args:
         x: Global shape; inside `vmap` over replicas, the shape of one replica's part.
@@ -72,6 +73,10 @@ def layout(region: _context.Region, caller: str, dims: Sequence[str | None], sha
     axes = tuple(
         () if dim is None else tuple(a for a in region.axes_of(dim) if dim != "seq" or a not in features)
         for dim in dims
+    )
+    axes = tuple(
+        () if dim == "kv" and size < math.prod(region.mesh.shape[axis] for axis in at) else at
+        for dim, size, at in zip(dims, shape, axes, strict=True)
     )
     _check_disjoint(caller, dims, axes)
     _check_sizes(region, caller, dims, shape, axes)

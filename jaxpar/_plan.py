@@ -25,6 +25,9 @@ FORMAT = 1
 TABLE = "table"
 """The role of a parameter whose rows are looked up by index: an embedding."""
 
+SHARED = "shared"
+"""The role of a matrix whose outputs, few heads of keys or values, every device of tensor parallelism makes whole."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Move:
@@ -67,8 +70,8 @@ class Record:
         gradient: The spec of its gradient where it is accumulated.
         slots: The spec of its optimiser state, and so of its update and of the gradient that goes into it.
         compute_dtype: The dtype in which the model reads it.
-        role: `"column"` or `"row"` if tensor parallelism splits its outputs or its inputs, `"table"` if its rows are
-            looked up by index, else `""`.
+        role: `"column"` or `"row"` if tensor parallelism splits its outputs or its inputs, `"shared"` if its
+            outputs are heads too few to split, `"table"` if its rows are looked up by index, else `""`.
         layers: 1 if its first dim stacks equal blocks that a scan runs one by one, else 0.
         remat: Whether those blocks are computed again in the backward pass.
         memory_kind: Where its pieces lie: `"device"`.
@@ -382,6 +385,11 @@ def _gradient_moves(plan: Plan, record: Record, times: int, where: str) -> Itera
 
 def _activation_moves(plan: Plan, record: Record, times: int, where: str) -> Iterator[Move]:
     """What tensor parallelism moves: rows sum their outputs, columns the gradient of their inputs."""
+    if record.role == SHARED:
+        axes, when = plan.dims.get("kv", ()), f"backward pass{where}, of heads that devices share"
+        size = math.prod(record.shape[record.layers + 1 :]) * np.dtype(record.compute_dtype).itemsize
+        yield Move(what="activation", kind="all-reduce", axes=axes, bytes=size, times=times, when=when)
+        return
     split = [dim for dim, entry in enumerate(record.compute) if axes_at(entry)]
     if record.role not in ("column", "row") or not split:
         return

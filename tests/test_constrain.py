@@ -76,6 +76,14 @@ def test_seq_gives_way_to_a_feature_dim_on_the_same_axis():
     assert placed(plan, (4, 4, 6, 3), "batch", "seq", "heads", "kv") == P("data", "context", "tensor")
 
 
+def test_fewer_key_heads_than_devices_are_whole():
+    plan = layout({"batch": ("data",), "kv": ("tensor",)}, data=2, tensor=4)
+    assert placed(plan, (4, 3, 2, 5), "batch", "seq", "kv", "embed") == P("data")
+    assert placed(plan, (4, 3, 8, 5), "batch", "seq", "kv", "embed") == P("data", None, "tensor")
+    with pytest.raises(ShardingError, match=r"dim 2 \('kv'\) has size 6, which tensor=4 \(4 parts\) does not divide"):
+        placed(plan, (4, 3, 6, 5), "batch", "seq", "kv", "embed")
+
+
 def test_replica_axes_do_not_exist_inside_their_vmap():
     plan = layout(data=2, fsdp=2, tensor=2)
 

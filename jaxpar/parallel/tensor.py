@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 from .._errors import ShardingError
+from .._plan import SHARED
 from .._rules import Draft, Leaf, check_patterns, fold_layers, is_called_embedding, matches, way_out
 from .._strategy import Strategy
 
@@ -41,6 +42,9 @@ class TP(Strategy):
         column: Patterns of modules whose outputs are split.
         row: Patterns of modules whose inputs are split.
         vocab: Patterns of embeddings and heads whose vocabulary is split; see `jp.embed` and `jp.cross_entropy`.
+        heads: How many attention heads the outputs (or a row's inputs) of modules are: `{"*.[qo]": 32, "*.[kv]": 8}`.
+            They are split by whole heads only. Where keys and values have fewer heads than the axis has devices, their
+            matrices stay whole, every device makes all of these heads, and the gradient of the heads is summed.
         sequence: Also split the sequence dim of activations outside of the pairs (Korthikanti et al., 2022,
             arXiv:2205.05198): at `jp.constrain(x, "batch", "seq", ...)` and between the blocks of a `jp.Stack`.
 
@@ -66,9 +70,15 @@ class TP(Strategy):
     column: str | Sequence[str] = ()
     row: str | Sequence[str] = ()
     vocab: str | Sequence[str] = ()
+    heads: Mapping[str, int] | Sequence[tuple[str, int]] = ()
     sequence: bool = False
 
     def __post_init__(self) -> None:
+        heads = tuple(self.heads.items() if isinstance(self.heads, Mapping) else self.heads)
+        for pattern, number in heads:
+            if number < 1:
+                raise ShardingError(f"TP: heads[{pattern!r}] is {number}. Use the number of heads, 1 or more.")
+        object.__setattr__(self, "heads", heads)
         for field in ("column", "row", "vocab"):
             value = getattr(self, field)
             patterns = (value,) if isinstance(value, str) else tuple(value)
@@ -89,10 +99,18 @@ class TP(Strategy):
         given, unmatched = sum(map(len, patterns.values())), len(draft.problems) - before
         if unmatched and unmatched == given:
             draft.problems[-1] += f" {propose(draft)}"
-        done = 0
+        draft.problems += check_patterns([pattern for pattern, _ in self.heads], draft.paths(), f"{self.label}: heads")
+        done, split = 0, []
         for leaf in draft.leaves.values():
             for dim, why in self._dims_of(leaf, patterns, draft):
+                split.append(leaf.alias)
                 done += self._split(leaf, dim, why, draft)
+        for pattern, _ in self.heads:
+            if any(matches(pattern, path) for path in draft.paths()) and not any(matches(pattern, at) for at in split):
+                draft.problems.append(
+                    f"{self.label}: heads[{pattern!r}] has no effect: {self.label} splits none of its leaves. Leave it "
+                    "out."
+                )
         if any("vocab" in (leaf.names or ()) for leaf in draft.leaves.values()) or self.vocab:
             draft.split_dim("vocab", self.axis)
         if not done and len(draft.problems) == before:
@@ -132,15 +150,46 @@ class TP(Strategy):
 
     def _split(self, leaf: Leaf, dim: int, why: str, draft: Draft) -> int:
         size, whole = draft.sizes[self.axis], leaf.shape[leaf.layers + dim]
-        if whole % size:
+        heads = self._heads_of(leaf, whole, draft)
+        if heads is not None and heads < size and leaf.role != "row":
+            leaf.role = SHARED if leaf.role else ""
+            leaf.reasons.append(
+                (self.label, f"whole: {heads} heads for {self.axis}={size}, all of them on each device")
+            )
+            return 0
+        number, what = (whole, f"has size {whole}") if heads is None else (heads, f"is {heads} heads")
+        if number % size:
+            shared = _if_shared(leaf, whole) if heads is None and whole < size and leaf.role == "column" else ""
             draft.problems.append(
-                f"{leaf.path}: dim {dim} has size {whole}, but axis {self.axis!r} has size {size}, and {size} does not "
-                f"divide {whole}. {way_out(whole, self.axis, size)}, or leave this leaf out of TP's patterns."
+                f"{leaf.path}: dim {dim} {what}, but axis {self.axis!r} has size {size}, and {size} does not "
+                f"divide {number}. {way_out(number, self.axis, size)}, or leave this leaf out of TP's patterns.{shared}"
             )
             return 0
         where = ("storage", "compute", "gradient", "slots")
         leaf.split(dim, self.axis, by=self.label, why=why, where=where)
         return 1
+
+    def _heads_of(self, leaf: Leaf, size: int, draft: Draft) -> int | None:
+        """Of how many heads the dim to split, of `size`, is made; `None` if nobody said."""
+        found = {number: pattern for pattern, number in self.heads if matches(pattern, leaf.alias)}
+        if len(found) > 1:
+            first, *_, last = found.values()
+            draft.problems.append(
+                f"{leaf.path}: heads[{first!r}] and heads[{last!r}] both match and differ. Make one of the patterns "
+                "narrower."
+            )
+        number, pattern = next(iter(found.items()), (None, ""))
+        if number and size % number:
+            draft.problems.append(
+                f"{leaf.path}: heads[{pattern!r}] is {number}, which does not divide the {size} features that are to "
+                "be split. Give the number of heads, not of features."
+            )
+            return None
+        return number
+
+
+def _if_shared(leaf: Leaf, number: int) -> str:
+    return f" If devices may share them, TP(heads={{{leaf.module or leaf.alias!r}: {number}}})."
 
 
 def split_dim_of(leaf: Leaf, kind: str) -> int | None:

@@ -121,8 +121,7 @@ class Attention(nnx.Module):
         if self.cfg.positions == "rotary":
             q, k = (rotate(heads, positions, self.cfg.rope_theta) for heads in (q, k))
         q = jp.constrain(q, "batch", "seq", "heads", None)
-        # Not split by name: where there are fewer of these heads than devices, the compiler finds another way.
-        k, v = (jp.constrain(heads, "batch", None, None, None) for heads in (k, v))
+        k, v = (jp.constrain(heads, "batch", None, "kv", None) for heads in (k, v))
 
         mixed = attend(q, k, v, positions, segments)  # B T N H
         mixed = jp.constrain(mixed, "batch", "seq", "heads", None)

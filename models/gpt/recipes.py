@@ -24,7 +24,12 @@ def tensor_rules(cfg: Config) -> jp.TP:
     """Which matrices are split by their outputs, which by their inputs, and which by the vocabulary."""
     gate = ["*.gate"] if cfg.mlp == "silu" else []
     head = [] if cfg.tied else ["lm_head"]
-    return jp.TP(column=["*.q", "*.k", "*.v", "*.up", *gate], row=["*.o", "*.down"], vocab=["embed", *head])
+    return jp.TP(
+        column=["*.q", "*.k", "*.v", "*.up", *gate],
+        row=["*.o", "*.down"],
+        vocab=["embed", *head],
+        heads={"*.[qo]": cfg.num_heads, "*.[kv]": cfg.num_kv_heads},
+    )
 
 
 def strategies(cfg: Config) -> list[jp.DP | jp.FSDP | jp.TP]:

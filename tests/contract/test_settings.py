@@ -89,6 +89,7 @@ STRATEGIES = {
     (jp.TP, "column"): lambda: differs(jp.TP(row=["down"]), jp.TP(**TP), tensor=8),
     (jp.TP, "row"): lambda: differs(jp.TP(column=["up"]), jp.TP(**TP), tensor=8),
     (jp.TP, "vocab"): lambda: differs(jp.TP(**TP), jp.TP(**TP, vocab=["embedding"]), tensor=8),
+    (jp.TP, "heads"): lambda: differs(jp.TP(**TP), jp.TP(**TP, heads={"up": 4}), tensor=8),
     (jp.TP, "sequence"): lambda: differs(jp.TP(**TP), jp.TP(**TP, sequence=True), tensor=8),
 }
 

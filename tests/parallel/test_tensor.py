@@ -227,6 +227,101 @@ def test_an_indivisible_dim_is_an_error_with_both_numbers():
     )
 
 
+def attention(heads, kv_heads, size=4):
+    """Matrices of as many heads, flat: a plan is not told where one ends."""
+    return lambda: {
+        "q": jnp.ones((8, heads * size)),
+        "k": {"kernel": jnp.ones((8, kv_heads * size)), "bias": jnp.ones(kv_heads * size)},
+        "o": jnp.ones((heads * size, 8)),
+    }
+
+
+def headed(make, devices=4, heads=None, **settings):
+    mesh = jp.mesh(tensor=devices, allow_unused=True)
+    return jp.plan(make, mesh, [jp.TP(column=["q", "k"], row="o", heads=heads or {}, **settings)])
+
+
+def test_heads_are_split_whole_or_shared():
+    plan = headed(attention(8, 2), heads={"[qo]": 8, "k": 2})
+    assert [plan.records[path].storage for path in ("q", "o", "k.kernel", "k.bias")] == [SECOND, FIRST, WHOLE, WHOLE]
+    assert [plan.records[path].role for path in ("q", "o", "k.kernel", "k.bias")] == ["column", "row", "shared", ""]
+    reason = ("TP", "whole: 2 heads for tensor=4, all of them on each device")
+    assert plan.records["k.kernel"].reasons == plan.records["k.bias"].reasons == (reason,)
+    (move,) = plan.follow("k.kernel").moves
+    assert (move.kind, move.axes, move.bytes, move.when) == (
+        "all-reduce",
+        ("tensor",),
+        2 * 4 * 4,
+        "backward pass, of heads that devices share",
+    )
+    plan = headed(attention(8, 4), heads={"[qo]": 8, "k": 4})
+    assert (plan.records["k.kernel"].storage, plan.records["k.kernel"].role) == (SECOND, "column")
+
+
+@pytest.mark.parametrize(
+    ("made", "heads", "message"),
+    [
+        (
+            attention(6, 2),
+            {"q": 6, "k": 2},
+            (
+                "q: dim 1 is 6 heads, but axis 'tensor' has size 4, and 4 does not divide 6. Use a multiple of 4 (4 or "
+                "8 here), or another size of axis 'tensor', or leave this leaf out of TP's patterns."
+            ),
+        ),
+        (
+            attention(2, 2),
+            {"o": 2},
+            (
+                "o: dim 0 is 2 heads, but axis 'tensor' has size 4, and 4 does not divide 2. Use a multiple of 4 (4 "
+                "here), or another size of axis 'tensor', or leave this leaf out of TP's patterns."
+            ),
+        ),
+        (
+            attention(8, 2),
+            {"q": 5},
+            (
+                "q: heads['q'] is 5, which does not divide the 32 features that are to be split. Give the number of "
+                "heads, not of features."
+            ),
+        ),
+        (
+            attention(8, 2),
+            {"q": 8, "[qo]": 4},
+            "q: heads['q'] and heads['[qo]'] both match and differ. Make one of the patterns narrower.",
+        ),
+        (
+            attention(8, 2),
+            {"keys": 2},
+            "TP: heads: the pattern 'keys' matches none of 4 leaves. Modules here are k, o, q.",
+        ),
+        (
+            lambda: {"q": jnp.ones((8, 8)), "k": jnp.ones((8, 2, 4)), "o": jnp.ones((8, 8))},
+            {},
+            (
+                "k: dim 1 has size 2, but axis 'tensor' has size 4, and 4 does not divide 2. Use a multiple of 4 (4 "
+                "here), or another size of axis 'tensor', or leave this leaf out of TP's patterns. If devices may "
+                "share them, TP(heads={'k': 2})."
+            ),
+        ),
+    ],
+    ids=["indivisible", "a row", "no head", "two numbers", "nothing", "too few, unsaid"],
+)
+def test_heads_that_do_not_fit_are_an_error(made, heads, message):
+    with pytest.raises(ShardingError) as error:
+        headed(made, heads=heads)
+    assert str(error.value) == message
+
+
+def test_heads_of_what_is_not_split_are_an_error():
+    with pytest.raises(ShardingError) as error:
+        jp.plan(attention(8, 2), jp.mesh(tensor=4, allow_unused=True), [jp.TP(column="q", row="o", heads={"k": 2})])
+    assert str(error.value) == "TP: heads['k'] has no effect: TP splits none of its leaves. Leave it out."
+    with pytest.raises(ShardingError) as error:
+        unchecked(jp.TP, heads={"q": 0})
+    assert str(error.value) == "TP: heads['q'] is 0. Use the number of heads, 1 or more."
+
+
 def test_a_pattern_that_matches_nothing_is_an_error():
     assert refused(pair, column=["0"], row=["1", "2"]) == (
         "TP: row: the pattern '2' matches none of 4 leaves. Modules here are *."
