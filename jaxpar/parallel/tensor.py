@@ -74,11 +74,11 @@ class TP(Strategy):
     sequence: bool = False
 
     def __post_init__(self) -> None:
-        heads = tuple(self.heads.items() if isinstance(self.heads, Mapping) else self.heads)
-        for pattern, number in heads:
+        heads = dict(self.heads)
+        for pattern, number in heads.items():
             if number < 1:
                 raise ShardingError(f"TP: heads[{pattern!r}] is {number}. Use the number of heads, 1 or more.")
-        object.__setattr__(self, "heads", heads)
+        object.__setattr__(self, "heads", tuple(heads.items()))  # hashable
         for field in ("column", "row", "vocab"):
             value = getattr(self, field)
             patterns = (value,) if isinstance(value, str) else tuple(value)
@@ -99,13 +99,13 @@ class TP(Strategy):
         given, unmatched = sum(map(len, patterns.values())), len(draft.problems) - before
         if unmatched and unmatched == given:
             draft.problems[-1] += f" {propose(draft)}"
-        draft.problems += check_patterns([pattern for pattern, _ in self.heads], draft.paths(), f"{self.label}: heads")
+        draft.problems += check_patterns([*dict(self.heads)], draft.paths(), f"{self.label}: heads")
         done, split = 0, []
         for leaf in draft.leaves.values():
             for dim, why in self._dims_of(leaf, patterns, draft):
                 split.append(leaf.alias)
                 done += self._split(leaf, dim, why, draft)
-        for pattern, _ in self.heads:
+        for pattern in dict(self.heads):
             if any(matches(pattern, path) for path in draft.paths()) and not any(matches(pattern, at) for at in split):
                 draft.problems.append(
                     f"{self.label}: heads[{pattern!r}] has no effect: {self.label} splits none of its leaves. Leave it "
@@ -171,18 +171,18 @@ class TP(Strategy):
 
     def _heads_of(self, leaf: Leaf, size: int, draft: Draft) -> int | None:
         """Of how many heads the dim to split, of `size`, is made; `None` if nobody said."""
-        found = {number: pattern for pattern, number in self.heads if matches(pattern, leaf.alias)}
+        found = {number: pattern for pattern, number in dict(self.heads).items() if matches(pattern, leaf.alias)}
         if len(found) > 1:
             first, *_, last = found.values()
             draft.problems.append(
                 f"{leaf.path}: heads[{first!r}] and heads[{last!r}] both match and differ. Make one of the patterns "
                 "narrower."
             )
-        number, pattern = next(iter(found.items()), (None, ""))
+        number = next(iter(found), None)
         if number and size % number:
             draft.problems.append(
-                f"{leaf.path}: heads[{pattern!r}] is {number}, which does not divide the {size} features that are to "
-                "be split. Give the number of heads, not of features."
+                f"{leaf.path}: heads[{found[number]!r}] is {number}, which does not divide the {size} features that "
+                "are to be split. Give the number of heads, not of features."
             )
             return None
         return number

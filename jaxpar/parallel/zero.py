@@ -13,8 +13,8 @@ class ZeRO(Strategy):
     """Shard optimiser state, and at stage 2 accumulated gradients, over an axis that replicates the parameters.
 
     Moves: gradients are reduce-scattered, each device updates its part, and the updated parameters are all-gathered:
-    the same bytes as `DP`. An update that is not made element by element, such as Muon's, gathers what it needs whole
-    besides. With accumulation stage 1 keeps a whole accumulator and reduces once a step, stage 2 as `reduce` says.
+    the same bytes as `DP`. An update that is not made element by element, such as Muon's, moves sums and gathers of its
+    own besides. With accumulation stage 1 keeps a whole accumulator and reduces once a step, stage 2 as `reduce` says.
     Memory: optimiser state (and accumulated gradients) divide by the axis size. Stands beside `DP` on the same axis, or
     alone for both.
 
