@@ -177,10 +177,10 @@ def argument_bits(op: Op, mesh: MeshAxes) -> int | None:
     shape = [int(size) for size in tiles.split(",")]
     try:
         if source:
-            devices = np.arange(mesh.size).reshape([int(size) for size in source.split(",")])
+            devices = np.arange(mesh.size, dtype=np.int64).reshape([int(size) for size in source.split(",")])
             devices = devices.transpose([int(dim) for dim in order.split(",")]) if order else devices
         else:
-            devices = np.asarray([int(device) for device in listed.split(",")])
+            devices = np.asarray([int(device) for device in listed.split(",")], dtype=np.int64)
     except ValueError:  # written for another mesh
         return None
     if int(np.prod(shape)) != mesh.size or not np.array_equal(np.sort(devices.ravel()), np.arange(mesh.size)):

@@ -50,7 +50,8 @@ def target_of(file):
     """Hardware of as many devices as the text is for."""
     kind, several = file.name[:3], "two_slices" in file.name
     number = int(file.read_text().partition("num_partitions=")[2].partition(",")[0].split()[0])
-    return "2xv5e:2x2" if several else {"tpu8": "v5e:2x4", "tpu16": "v5e:4x4", "gpu8": "h100:8"}[f"{kind}{number}"]
+    targets = {"tpu4": "v5e:2x2", "tpu8": "v5e:2x4", "tpu16": "v5e:4x4", "gpu8": "h100:8"}
+    return "2xv5e:2x2" if several else targets[f"{kind}{number}"]
 
 
 def printed(words, capsys):

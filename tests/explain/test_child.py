@@ -100,7 +100,7 @@ def test_an_option_that_the_compiler_lacks_is_named_and_nothing_is_kept(tmp_path
 
 @libtpu
 def test_an_interrupt_ends_the_child_within_a_second(tmp_path, monkeypatch):
-    """While it compiles: the child has started libtpu by then, which cannot be interrupted in place."""
+    """The moment that the child has loaded libtpu, which cannot be interrupted in place."""
     started = []
     popen = subprocess.Popen
     monkeypatch.setattr(
@@ -110,13 +110,17 @@ def test_an_interrupt_ends_the_child_within_a_second(tmp_path, monkeypatch):
     interrupted = []
 
     def interrupt():
+        while not started or "libtpu" not in pathlib.Path(f"/proc/{started[0].pid}/maps").read_text():
+            time.sleep(0.02)
         interrupted.append(time.monotonic())
         _thread.interrupt_main()
 
-    threading.Timer(4.0, interrupt).start()
+    watcher = threading.Thread(target=interrupt, daemon=True)
+    watcher.start()
     with pytest.raises(KeyboardInterrupt):
         _child.compile_elsewhere(step, tmp_path)
     assert time.monotonic() - interrupted[0] < 1
+    watcher.join()
     assert started[0].returncode is not None
     with pytest.raises(ProcessLookupError):
         os.killpg(started[0].pid, 0)
