@@ -30,7 +30,7 @@ from .._errors import StepError
 from .._hlo import MeshAxes
 from ._compiled import Compiled, MemoryStats
 from ._compiler import compiler
-from ._export import Exported
+from ._export import Exported, without_call
 from ._target import missing
 
 MOST = 2 * 2**30
@@ -199,7 +199,7 @@ def _read(entry: pathlib.Path, exported: Exported) -> Compiled:
         num_tokens=exported.num_tokens,
         refusal=result.get("refusal", ""),
         needed=result.get("needed", 0),
-        log=tuple((entry / "log").read_text(errors="replace").splitlines()),
+        log=tuple(without_call((entry / "log").read_text(errors="replace"), exported.name).splitlines()),
         seconds=result["seconds"],
     )
 
