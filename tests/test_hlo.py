@@ -413,6 +413,83 @@ def test_one_of_two_combined_is_scattered():
     assert [each.kind for each in _hlo.read(text).collectives(MESH)] == ["all-reduce", "reduce-scatter"]
 
 
+# All-gather, spelt as an all-reduce of zeros with the own piece in them.
+
+
+def put(base="constant(0)", piece="f32[2,2]{1,0} parameter(0)", table="{0, 0, 1, 1, 2, 2, 3, 3}", *, offset="%offset"):
+    """An all-reduce over fsdp of f32[8,2] into which each device puts a piece, at an offset from a table."""
+    return entry(
+        f"%p = {piece}",
+        "%id = u32[] partition-id()",
+        f"%table = u32[8]{{0}} constant({table})",
+        "%row = u32[1]{0} dynamic-slice(%table, %id), dynamic_slice_sizes={1}",
+        "%scalar = u32[] reshape(%row)",
+        "%two = u32[] constant(2)",
+        "%zero = u32[] constant(0)",
+        "%offset = u32[] multiply(%scalar, %two)",
+        f"%none = f32[] {base}",
+        "%zeros = f32[8,2]{1,0} broadcast(%none), dimensions={}",
+        f"%put = f32[8,2]{{1,0}} dynamic-update-slice(%zeros, %p, {offset}, %zero)",
+        "%c = f32[8,2]{1,0} copy(%put)",
+        "ROOT %r = f32[8,2]{1,0} all-reduce(%c), replica_groups=[2,4]<=[4,2]T(1,0), to_apply=%add",
+    )
+
+
+def test_all_gather_as_all_reduce_of_zeros():
+    """XLA:TPU gathers small pieces so; its bytes are those of an all-gather, the whole result."""
+    [each] = _hlo.read(put()).collectives(MESH)
+    assert (each.kind, each.spelling) == ("all-gather", "dynamic-update-slice and all-reduce")
+    assert (each.axes, each.shape, each.bytes) == (("fsdp",), (8, 2), 64)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        put("constant(1)"),  # a sum after all
+        put("parameter(1)"),
+        put(offset="%zero"),  # every device puts its piece at the same place
+        put(table="{0, 0, 0, 0, 1, 1, 1, 1}"),
+        put(piece="f32[1,2]{1,0} parameter(0)"),  # half of it stays zero
+        put(piece="f32[8,2]{1,0} parameter(0)"),
+    ],
+)
+def test_an_all_reduce_of_pieces_that_stays_one(text):
+    assert [each.kind for each in _hlo.read(text).collectives(MESH)] == ["all-reduce"]
+
+
+def test_parts_of_a_combined_collective_have_their_own_names():
+    """A reduction's is that of what is summed, a gather's of its use; the instruction has one for all."""
+
+    def named(name):
+        return f'metadata={{op_name="jit(step)/{name}"}}'
+
+    text = entry(
+        "%p = f32[8,2]{1,0} parameter(0), " + named("params['up']"),
+        "%up = f32[8,2]{1,0} negate(%p), " + named("transpose(jvp(up))/dot_general"),
+        "%down = f32[8,2]{1,0} sine(%p), " + named("transpose(jvp(down))/dot_general"),
+        "%nameless = f32[8,2]{1,0} cosine(%p)",
+        "%r = (f32[8,2], f32[8,2], f32[8,2]) all-reduce(%up, %down, %nameless), replica_groups={}, to_apply=%add",
+        "%a = f32[8,2] get-tuple-element(%r), index=0",
+        "%b = f32[8,2] get-tuple-element(%r), index=1",
+        "%c = f32[8,2] get-tuple-element(%r), index=2",
+        "%sum = f32[8,2] add(%a, %b), " + named("update/add"),
+        "%g = (f32[64,2], f32[64,2]) all-gather(%p, %p), replica_groups={}, dimensions={0}",
+        "%d = f32[64,2] get-tuple-element(%g), index=0",
+        "%e = f32[64,2] get-tuple-element(%g), index=1",
+        "%first = f32[64,2] negate(%d), " + named("jvp(up)/dot_general"),
+        "%second = f32[64,2] negate(%e), " + named("jvp(down)/dot_general"),
+        "ROOT %out = (f32[8,2], f32[8,2], f32[64,2], f32[64,2]) tuple(%sum, %c, %first, %second)",
+    )
+    names = [each.op_name.removeprefix("jit(step)/") for each in _hlo.read(text).collectives(MESH)]
+    assert names == [
+        "transpose(jvp(up))/dot_general",
+        "transpose(jvp(down))/dot_general",
+        "update/add",  # nothing tells of it: what the whole instruction has
+        "jvp(up)/dot_general",
+        "jvp(down)/dot_general",
+    ]
+
+
 # What the TPU compiler wrote.
 
 

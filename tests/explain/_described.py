@@ -8,6 +8,7 @@ from jaxpar import _hardware, _hlo
 from jaxpar._context import axes_at
 from jaxpar.explain._compiled import Argument, Compiled
 from jaxpar.explain._findings import find
+from jaxpar.explain._timeline import Timeline
 
 KINDS = {"params": "parameter", "opt": "optimizer", "batch": "batch"}
 
@@ -21,6 +22,11 @@ def mesh(**axes):
 def array(mesh, shape, *spec, dtype=np.float32):
     """The shape of an array with its sharding."""
     return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, PartitionSpec(*spec)))
+
+
+def placed(on, tree, *spec):
+    """The shapes of a tree of arrays with their shardings."""
+    return jax.tree.map(lambda leaf: array(on, leaf.shape, *spec, dtype=leaf.dtype), tree)
 
 
 def compiled(function, mesh, /, **arguments):
@@ -46,6 +52,23 @@ def findings(function, mesh, /, *, rows=(), timeline=None, memory=None, **argume
 def kinds(found, *, above="note"):
     """The kinds of findings, notes left out unless asked for."""
     return {each.kind for each in found if above == "none" or each.severity != above}
+
+
+def timeline_of(program, seconds, *, exposed=0.0, step=1.0):
+    """A step of a second in which each collective takes `seconds` each time."""
+    module = _hlo.read(program.text)
+    places = [
+        (op.computation, op.name)
+        for computation in module.program.computations.values()
+        for op in computation.ops.values()
+        if op.opcode.startswith(("all-", "collective-"))
+    ]
+    return Timeline(
+        step_seconds=step, compute_seconds=step, communication_seconds=0.0, exposed_communication_seconds=exposed,
+        bubble_seconds=0.0, low=step, high=step, events=(),
+        transfers=dict.fromkeys(places, (seconds, 0, "ring")),
+        exposed=dict.fromkeys(places, exposed / len(places)),
+    )  # fmt: skip
 
 
 def _argument(path, leaf, donated):

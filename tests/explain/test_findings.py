@@ -5,11 +5,9 @@ The programs are plain JAX, as a user would have written them, since under a pla
 
 import dataclasses
 import functools as ft
-import inspect
 import pathlib
 import random
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -24,9 +22,10 @@ from jaxpar.explain._compiled import Argument, Compiled
 from jaxpar.explain._explain import explain
 from jaxpar.explain._findings import find
 from jaxpar.explain._memory import Held, Memory, from_arguments
-from jaxpar.explain._timeline import Timeline, predict
+from jaxpar.explain._timeline import predict
 from tests import _programs
-from tests.explain._described import array, compiled, findings, kinds, mesh
+from tests.explain._described import array, compiled, findings, kinds, mesh, placed, timeline_of
+from tests.explain._layers import Form, is_line_of
 
 D, F, LAYERS, ROUNDS, ROWS = 32, 64, 3, 4, 16
 
@@ -45,132 +44,14 @@ DATA = pathlib.Path(__file__).parents[1] / "data" / "hlo"
 # ---- reductions in loops
 
 
-class Layer(nnx.Module):
-    def __init__(self, *, rngs):
-        self.up = nnx.Linear(D, F, use_bias=False, rngs=rngs)
-        self.down = nnx.Linear(F, D, use_bias=False, rngs=rngs)
-
-    def __call__(self, x):
-        return x + self.down(jnp.tanh(self.up(x)))
-
-
-class LinenLayer(nn.Module):
-    @nn.compact
-    def __call__(self, x):
-        h = nn.Dense(F, use_bias=False, name="up")(x)
-        return x + nn.Dense(D, use_bias=False, name="down")(jnp.tanh(h)), None
-
-
-def nnx_model(scanned):
-    """Parameters, and the mean square of what the layers give."""
-    stacked = nnx.split_rngs(splits=LAYERS)(nnx.vmap(lambda rngs: Layer(rngs=rngs)))
-
-    def make():
-        if scanned:
-            return stacked(nnx.Rngs(0))
-        return nnx.List([Layer(rngs=nnx.Rngs(layer)) for layer in range(LAYERS)])
-
-    graph, params = nnx.split(nnx.eval_shape(make))
-
-    def loss(params, x):
-        layers = nnx.merge(graph, params)
-        if scanned:
-            x = nnx.scan(lambda x, layer: layer(x), in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)(x, layers)
-        else:
-            for layer in layers:
-                x = layer(x)
-        return (x**2).mean()
-
-    return nnx.to_pure_dict(params), lambda pure, x: loss(nnx.State(pure), x)
-
-
-def linen_model(scanned):
-    """The same through Linen."""
-
-    class Layers(nn.Module):
-        @nn.compact
-        def __call__(self, x):
-            if scanned:
-                stack = nn.scan(LinenLayer, variable_axes={"params": 0}, split_rngs={"params": True}, length=LAYERS)
-                return stack(name="layers")(x)[0]
-            for layer in range(LAYERS):
-                x, _ = LinenLayer(name=f"layers_{layer}")(x)
-            return x
-
-    params = jax.eval_shape(lambda: Layers().init(jax.random.key(0), jnp.ones((1, D))))
-    return params["params"], lambda params, x: (Layers().apply({"params": params}, x) ** 2).mean()
-
-
-def placed(on, tree, *spec):
-    return jax.tree.map(lambda leaf: array(on, leaf.shape, *spec, dtype=leaf.dtype), tree)
-
-
-def accumulating(loss):
-    """A step that adds up the gradients of its microbatches, and has them reduced in each round."""
-
-    def step(params, batch):
-        def body(total, x):
-            return jax.tree.map(jnp.add, total, jax.grad(loss)(params, x)), None
-
-        total, _ = jax.lax.scan(body, jax.tree.map(jnp.zeros_like, params), batch)
-        return jax.tree.map(lambda leaf, grad: leaf - 0.1 * grad, params, total)
-
-    return step
-
-
-def accumulating_apart(loss, on):
-    """The same with one reduction after the loop."""
-
-    def step(params, batch):
-        def each(params, batch):
-            def body(total, x):
-                return jax.tree.map(jnp.add, total, jax.grad(loss)(params, x)), None
-
-            params = jax.lax.pcast(params, "data", to="varying")
-            total, _ = jax.lax.scan(body, jax.tree.map(jnp.zeros_like, params), batch)
-            return jax.lax.pmean(total, "data")
-
-        total = jax.shard_map(each, mesh=on, in_specs=(P(), P(None, "data")), out_specs=P())(params, batch)
-        return jax.tree.map(lambda leaf, grad: leaf - 0.1 * grad, params, total)
-
-    return step
-
-
-@pytest.mark.parametrize("scanned", [True, False], ids=["scanned", "unscanned"])
-@pytest.mark.parametrize("model", [nnx_model, linen_model])
-def test_reduction_in_an_accumulation_loop(model, scanned):
-    """It is found, with the line of the layer and the parameter; reduced after the loop there is nothing to find."""
-    on = mesh(data=4)
-    params, loss = model(scanned)
-    arguments = {"params": placed(on, params), "batch": array(on, (ROUNDS, ROWS, D), None, "data")}
-
-    found = one(findings(accumulating(loss), on, **arguments), "reduction-in-loop")
-
-    total = LAYERS * 2 * D * F * 4
-    assert found.severity == "warning"
-    assert f"in each of {ROUNDS} rounds" in found.reason
-    assert f"{ROUNDS * total / 1024} KiB a step" in found.reason
-    assert found.place.split(" at ")[0].rpartition(".")[2] == "kernel"
-    assert is_line_of(found.place, Layer if model is nnx_model else LinenLayer)
-    assert "accumulate=4" in found.remedy
-
-    assert kinds(findings(accumulating_apart(loss, on), on, **arguments)) == set()
-
-
-def is_line_of(place, where):
-    """Whether a place names a line of `where`."""
-    file, _, line = place.rpartition(" at ")[2].rpartition(":")
-    lines, first = inspect.getsourcelines(where)
-    return __file__.endswith(file) and first <= int(line) < first + len(lines)
-
-
 def test_a_reduction_a_layer_is_no_fault():
     """Data parallelism over scanned layers reduces each layer's gradient once: the loop adds nothing up."""
     on = mesh(data=4)
-    params, loss = linen_model(True)
+    params, run = Form(frontend="linen", is_scanned=True).pure()
 
     def step(params, batch):
-        return jax.tree.map(lambda leaf, grad: leaf - 0.1 * grad, params, jax.grad(loss)(params, batch))
+        gradients = jax.grad(lambda params: (run(params, batch) ** 2).mean())(params)
+        return jax.tree.map(lambda leaf, gradient: leaf - 0.1 * gradient, params, gradients)
 
     assert kinds(findings(step, on, params=placed(on, params), batch=array(on, (ROWS, D), "data"))) == set()
 
@@ -613,23 +494,6 @@ def test_a_program_that_the_compiler_refused_is_told_what_would_fit(axes, remedy
 
 
 # ---- time
-
-
-def timeline_of(program, seconds, *, exposed=0.0, step=1.0):
-    """A step of a second in which each collective takes `seconds` each time."""
-    module = _hlo.read(program.text)
-    places = [
-        (op.computation, op.name)
-        for computation in module.program.computations.values()
-        for op in computation.ops.values()
-        if op.opcode.startswith(("all-", "collective-"))
-    ]
-    return Timeline(
-        step_seconds=step, compute_seconds=step, communication_seconds=0.0, exposed_communication_seconds=exposed,
-        bubble_seconds=0.0, low=step, high=step, events=(),
-        transfers=dict.fromkeys(places, (seconds, 0, "ring")),
-        exposed=dict.fromkeys(places, exposed / len(places)),
-    )  # fmt: skip
 
 
 @pytest.mark.parametrize(("exposed", "severity"), [(0.05, None), (0.15, "note"), (0.4, "warning")])
