@@ -141,9 +141,10 @@ def _split(seen: Evidence, path: str, kind: str, axes: tuple[str, ...]) -> str:
             f"{fsdp(seen, axes[0])} takes every matrix of at least min_bytes that its whole= does not name: lower the "
             f"one, or take {path} out of the other."
         )
+    there = f', axis="{axes[0]}"' if axes[0] != "tensor" else ""
     return (
-        f'Give {path} a rule: jp.TP(vocab=["{path}"], axis="{axes[0]}") for an embedding or an output matrix, column= '
-        "or row= for any other."
+        f'Give {path} a rule: jp.TP(vocab=["{path}"]{there}) for an embedding or an output matrix, column= or row= for '
+        "any other."
     )
 
 

@@ -138,10 +138,11 @@ def _joined(terms: list[_Term]) -> list[list[_Term]]:
 
 
 def _scaled(op: Op, index: int) -> bool:
-    """Follow an array through what may as well be done to its sum with others."""
+    """Follow an array through what may as well be done to its sum with others, and into a stack of layers."""
     is_square = op.opcode == "multiply" and len(set(op.operands)) == 1
     is_scale = op.opcode in ("negate", "multiply") or (op.opcode == "divide" and index == 0)
-    return reshaped(op, index) or (is_scale and not is_square)
+    is_stacked = op.opcode == "dynamic-update-slice" and index < 2
+    return reshaped(op, index) or is_stacked or (is_scale and not is_square)
 
 
 def _accumulated_in(seen: Evidence, transfer: Transfer) -> str:

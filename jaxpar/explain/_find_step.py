@@ -1,8 +1,11 @@
 """What is wrong with how a step is called and what its model says: recompilation, names that mean nothing."""
 
-from collections.abc import Iterator
+import inspect
+from collections.abc import Callable, Iterator
+from typing import Any
 
-from ._evidence import Evidence
+from .._hlo._text import short_file
+from ._evidence import Evidence, at
 from ._finding import Finding
 
 
@@ -16,7 +19,7 @@ def recompiled(seen: Evidence) -> Iterator[Finding]:
         kind="recompiled",
         severity="warning",
         reason=f"The step was compiled {times} times{f', last because {why}' if why else ''}.",
-        place=getattr(seen.step, "__name__", ""),
+        place=at(seen.step.__name__, _line_of(seen.step.function)),
         remedy=(
             "Keep shapes, dtypes and settings the same from call to call: jp.data.pad_batch for a last batch, "
             'jnp.float32(x) for a Python number that changes its type; plan.jit(on_recompile="error") says where.'
@@ -56,3 +59,9 @@ def unmet(seen: Evidence) -> Iterator[Finding]:
                     "nn.with_logical_partitioning; or take the annotation out."
                 ),
             )
+
+
+def _line_of(function: Callable[..., Any]) -> str:
+    """Where a function is defined; nothing of one that is not written in Python."""
+    code = getattr(inspect.unwrap(function), "__code__", None)
+    return f"{short_file(code.co_filename)}:{code.co_firstlineno}" if code is not None else ""

@@ -76,7 +76,7 @@ class Difference:
 
     def rows(self) -> list[tuple[str, ...]]:
         """The table, its titles first; of each section the first changes, and how many more."""
-        found = [TITLES]
+        found: list[tuple[str, ...]] = [TITLES]
         for section, changes in self.sections().items():
             for place, change in enumerate(changes[:MOST]):
                 what, mine, theirs, percent = change.cells()

@@ -23,6 +23,7 @@ from jaxpar.explain._explain import explain
 from jaxpar.explain._findings import find
 from jaxpar.explain._memory import Held, Memory, from_arguments
 from jaxpar.explain._timeline import predict
+from jaxpar.explain._units import size_text
 from tests import _programs
 from tests.explain._described import array, compiled, findings, kinds, mesh, placed, timeline_of
 from tests.explain._layers import Form, is_line_of
@@ -352,7 +353,7 @@ def test_a_large_parameter_left_whole_and_its_products():
     finding = one(found, "replicated")
     assert finding.place == "head"
     assert finding.bytes == 8 * D * D * 4 * 3 // 4
-    assert "jp.TP(vocab=[...])" in finding.remedy
+    assert 'jp.TP(vocab=["head"])' in finding.remedy
     finding = one(found, "repeated-compute")
     assert finding.severity == "warning"
     assert f"f32[{ROWS},{8 * D}]" in finding.reason
@@ -373,8 +374,12 @@ def test_optimiser_state_that_is_whole_everywhere(plain, share, is_dear):
         return
     finding = one(found, "replicated")
     assert finding.severity == "note"
-    assert finding.remedy == 'jp.ZeRO(1, axis="data")'
+    assert finding.remedy == 'jp.ZeRO(1, axis="data").'
     assert finding.bytes == size * 7 // 8
+    assert finding.place == "opt"
+    assert finding.reason.endswith(
+        f"the largest opt with {size_text(size)}. Split over 'data' that would be {size_text(size / 8)}."
+    )
 
 
 def test_data_parallelism_holds_parameters_whole_on_purpose():
@@ -445,7 +450,7 @@ def memory_of(program, *held, peak):
         (0.96, [("activation", "blocks.mlp", 0.3)], "warning", "accumulate=2) saves"),
         (1.1, [("activation", "blocks.mlp", 0.6), ("optimizer", "", 0.1)], "error", "accumulate=2) saves"),
         (1.2, [("optimizer", "mu", 0.6), ("activation", "", 0.1)], "error", 'jp.ZeRO(1, axis="data") saves'),
-        (1.5, [("parameter", "", 0.9), ("temporary", "", 0.1)], "error", 'jp.FSDP(axis="data") saves about 12.4 GiB'),
+        (1.5, [("parameter", "", 0.9), ("temporary", "", 0.1)], "error", "on jp.mesh(fsdp=8) saves about 12.4 GiB"),
         (3.0, [("activation", "", 0.3)], "error", "do not fit"),
     ],
 )
@@ -655,6 +660,7 @@ def test_recompilation():
     finding = one(find(_hlo.read(""), program, step=step), "recompiled")
     assert "compiled 2 times, last because batch: float32[16, 8] before, float32[8, 8] now" in finding.reason
     assert "jp.data.pad_batch" in finding.remedy
+    assert is_line_of(finding.place, test_recompilation)
 
 
 @pytest.mark.parametrize("weak", [True, False])

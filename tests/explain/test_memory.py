@@ -89,6 +89,24 @@ def test_a_donated_argument_holds_the_result():
     assert held_most(module(body, header="input_output_alias={ {0}: (0, {}, may-alias) }, ")) == 4 * KIB
 
 
+def test_a_donated_argument_lends_its_place_until_its_next_value_is_made():
+    """`b` lies where `x` was, which `a` reads for the last time, and `d` will be."""
+    body = [
+        "%x = f32[1024]{0} parameter(0)",
+        "%a = f32[1024]{0} reverse(%x), dimensions={0}",
+        "%b = f32[1024]{0} reverse(%a), dimensions={0}",
+        "%c = f32[1024]{0} reverse(%b), dimensions={0}",
+        "%d = f32[1024]{0} reverse(%c), dimensions={0}",
+        "ROOT %t = (f32[1024]{0}) tuple(%d)",
+    ]
+    donated = "input_output_alias={ {0}: (0, {}, may-alias) }, "
+    assert held_most(module(body)) == 3 * 4 * KIB
+    assert held_most(module(body, header=donated)) == 2 * 4 * KIB
+
+    body[4] = "%d = f32[1024]{0} add(%c, %x)"
+    assert held_most(module(body, header=donated)) == 3 * 4 * KIB  # `x` is still to be read
+
+
 LOOP = """%body (p: (s32[], f32[1024])) -> (s32[], f32[1024]) {
   %p = (s32[], f32[1024]{0}) parameter(0)
   %i = s32[] get-tuple-element(%p), index=0

@@ -126,10 +126,9 @@ def test_what_a_layer_does(form, kind, fault):
     """The line is of what does it, the path that of the layer; a layer that does nothing more has no finding."""
     seconds = 10e-6 if fault is tiny else 0.0
     found = found_in(forward, of(form, between=fault), DATA_TENSOR, PAIR, seconds=seconds)
-    places = [each.place for each in found if each.kind == kind]
-    assert places
-    assert all(is_line_of(place, fault) for place in places), places
-    assert {place.partition(" at ")[0] for place in places} <= form.paths(), places
+    here = [each for each in found if each.kind == kind and is_line_of(each.place, fault)]
+    assert here, found
+    assert {path_of(each) for each in here} <= form.paths()  # of layers written out, one speaks for a line
 
     assert kinds(found_in(forward, form, DATA_TENSOR, PAIR, seconds=seconds), above="none") == set()
 
@@ -155,7 +154,7 @@ def updated(plan, form, gradient, tx):
         model = plan.init()
         return step, (model, nnx.Optimizer(model, tx, wrt=nnx.Param))
 
-    @plan.jit
+    @plan.jit(donate_argnums=(0, 1))
     def step(params, opt, batch):
         updates, opt = tx.update(gradient(params, batch), opt)
         return optax.apply_updates(params, updates), opt
