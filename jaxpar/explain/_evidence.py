@@ -256,8 +256,10 @@ class Evidence:
         """Where in the model and in the author's code; of its largest tensor, or of the one given."""
         moved, row = tensor or transfer.first, transfer.row
         leaf = self.leaf_of(transfer, moved)
-        path = leaf.path if leaf else row.path if row and tensor is None else self.paths.of(moved.op_name).path
-        return at(path, moved.source)
+        named = row.path if row and tensor is None else self.paths.of(moved.op_name).path
+        if leaf is None or (leaf.kind == "batch" and named):  # of a batch, the place is where the model takes it
+            return at(named, moved.source)
+        return at(leaf.path, moved.source)
 
     @ft.cached_property
     def total_bytes(self) -> int:

@@ -349,12 +349,11 @@ def test_an_axis_that_no_tensor_uses(form):
     """It has no place, and the remedy keeps the other axes. A plan refuses such a mesh, so there is none here."""
     params, run = form.pure()
 
-    def found(*spec):
+    def found(*axes):
         on = mesh(data=2, fsdp=2, tensor=2)
-        where = jax.tree.map(lambda leaf: array(on, leaf.shape, *(None,) * (leaf.ndim - 1), "fsdp"), params)
-        return findings(forgetful(run), on, params=where, batch=array(on, (ROWS, D), spec))
+        return findings(forgetful(run), on, params=placed(on, params), batch=array(on, (ROWS, D), axes))
 
-    finding = one(found("data"), "unused-axis")
+    finding = one(found("data", "fsdp"), "unused-axis")
     assert "Axis 'tensor' of size 2 splits no argument" in finding.reason
     assert "jp.mesh(data=4, fsdp=2)" in finding.remedy
-    assert "unused-axis" not in kinds(found("data", "tensor"), above="none")
+    assert kinds(found("data", "fsdp", "tensor"), above="none") == set()
