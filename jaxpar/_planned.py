@@ -41,12 +41,14 @@ class Traced(Region):
     Attributes:
         dims: Logical dims of activations that were named.
         notes: What a reader of the step should know.
+        warnings: What the log is to say, once: a step may be traced twice.
         values: What each parameter was read as, in each trace inside.
         tables: Paths of parameters that the step looks up by index, as far as the plan does not say so.
     """
 
     dims: set[str] = dataclasses.field(default_factory=set)
     notes: list[str] = dataclasses.field(default_factory=list)
+    warnings: list[str] = dataclasses.field(default_factory=list)
     values: dict[Any, Any] = dataclasses.field(default_factory=dict)
     tables: frozenset[str] = frozenset()
 
