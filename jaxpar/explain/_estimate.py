@@ -139,7 +139,7 @@ class _Estimate:
         held.append(Held(kind="batch", path="", bytes=math.ceil(batch)))
         if self.recipe.accumulate > 1:
             held.append(Held(kind="gradient", path="the accumulator", bytes=self._accumulator()))
-        peak = self._fullest(self.trace.block, top=True)
+        peak = max(self._fullest(self.trace.block, top=True), self._summed_together(), key=lambda each: each.total)
         held += peak.held()
         total = sum(each.bytes for each in held)
         argument = sum(slots.values()) + math.ceil(batch)
@@ -218,10 +218,31 @@ class _Estimate:
                 fullest = now.copy()
                 fullest.join(inner)
                 if not op.blocks and whole:
-                    fullest.extra += max(0.0, whole - inner.total)
+                    fullest.add_extra(max(0.0, whole - inner.total))
             for value in ends.pop(at, ()):
                 now.drop(value)
         return fullest
+
+    def _summed_together(self) -> "_Moment":
+        """XLA:CPU's sum of gradients over devices, which waits for all that cross the same axes, and copies them."""
+        moment = _Moment()
+        if self.hardware.kind != "cpu":
+            return moment
+        whole: collections.Counter[Axes] = collections.Counter()
+        summed: dict[Axes, list[Value]] = {}
+        for value in self.trace.block.outputs[1:]:
+            assert value is not None, "a gradient is an array"
+            record = self.plan.records[value.path]
+            moment.add(value, self._held(value), "gradient")
+            over = [move for move in self.plan.moves(record) if move.what == "gradient" and not record.layers]
+            if over:  # a loop sums its own, a layer at a time
+                whole[over[0].axes] += over[0].bytes
+                summed.setdefault(over[0].axes, []).append(value)
+        axes = max(whole, key=lambda each: whole[each], default=())
+        for value in summed.get(axes, ()):
+            moment.drop(value)
+        moment.add_extra(2 * whole[axes])
+        return moment
 
     def _given_up(self, op: Op, at: int, block: Block) -> float:
         """Bytes that an elementwise operation writes where a loop's carried array was, which nobody reads later."""
@@ -495,6 +516,10 @@ class _Moment:
     total: float = 0.0
     extra: float = 0.0
 
+    def add_extra(self, size: float) -> None:
+        self.extra += size
+        self.total += size
+
     def add(self, value: Value, size: float, kind: str) -> None:
         self.values[id(value)] = (value, size, kind)
         self.total += size
@@ -518,7 +543,7 @@ class _Moment:
             shape = "" if kind == "gradient" else value.text
             rows[kind, path, shape] = rows.get((kind, path, shape), 0.0) + size
         if self.extra:
-            rows["temporary", "a gradient before it is cut", ""] = self.extra
+            rows["temporary", "gradients before they are cut", ""] = self.extra
         return [
             Held(kind=kind, path=path, bytes=math.ceil(size), shape=shape) for (kind, path, shape), size in rows.items()
         ]
