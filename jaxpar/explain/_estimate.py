@@ -18,7 +18,7 @@ import collections
 import dataclasses
 import functools as ft
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -38,7 +38,7 @@ from ._memory import Held, Memory
 from ._report import Report
 from ._spread import Split, Spread
 from ._timeline import Event, Timeline
-from ._trace import HEAVY, PRODUCTS, Block, Op, Trace, Value, product_flops
+from ._trace import HEAVY, PASSED_ON, PRODUCTS, Block, Op, Trace, Value, product_flops
 from ._wire import Transfer, fabric
 
 # Beside the predictor's coefficients: the first figure is the estimate, the others bound the step from below and above.
@@ -139,7 +139,9 @@ class _Estimate:
         held.append(Held(kind="batch", path="", bytes=math.ceil(batch)))
         if self.recipe.accumulate > 1:
             held.append(Held(kind="gradient", path="the accumulator", bytes=self._accumulator()))
-        peak = max(self._fullest(self.trace.block, top=True), self._summed_together(), key=lambda each: each.total)
+        if cast := self._cast():
+            held.append(Held(kind="temporary", path="layers in the dtype that they are read in", bytes=cast))
+        peak = max(self._fullest(self.trace.block), self._summed_together(), key=lambda each: each.total)
         held += peak.held()
         total = sum(each.bytes for each in held)
         argument = sum(slots.values()) + math.ceil(batch)
@@ -164,6 +166,14 @@ class _Estimate:
             for record in trained
         )
 
+    def _cast(self) -> int:
+        """Stacks of layers are cast whole, before the loop over them that gathers them one by one."""
+        return sum(
+            self.plan.local_bytes(record) * record.compute_dtype.itemsize // record.dtype.itemsize
+            for record in self.plan.parameters
+            if record.layers and record.compute_dtype != record.dtype
+        )
+
     def _held(self, value: Value) -> float:
         """Bytes of an array that is written down."""
         if value.kind == "gradient":
@@ -180,45 +190,54 @@ class _Estimate:
             return 0.0  # a loop takes its layers one by one, and reads them there
         return self.spread.num_bytes(value)
 
-    def _fullest(self, block: Block, *, top: bool = False) -> "_Moment":
-        """The moment when the arrays that `block` makes hold the most."""
+    def _fullest(self, block: Block, loop: Op | None = None) -> "_Moment":
+        """The moment when the arrays that `block`, the body of `loop` or the whole, makes hold the most."""
         now = _Moment()
         fullest = _Moment()
         ends: dict[int, list[Value]] = {}
         born: set[int] = set()
+        waiting: set[str] = set()
+        sliced = set() if loop is None else {id(value) for value in _scanned(loop, block)}
+        late = set() if loop is None or self.hardware.kind == "cpu" else _read_late(loop, block)
 
         def begin(value: Value, size: float, kind: str, at: int) -> None:
-            if id(value) not in born and size and value.last >= at:
+            last = len(block.ops) if id(value) in late else value.last
+            if id(value) not in born and size and last >= at:
                 born.add(id(value))
                 now.add(value, size, kind)
-                ends.setdefault(value.last, []).append(value)
+                ends.setdefault(last, []).append(value)
 
         for at, op in enumerate(block.ops):
             for value in op.inputs:
                 for source in () if value is None else value.sources:
                     if source.kind == "parameter":
                         begin(source, self._read_bytes(source), "temporary", at)
+                    elif id(source) in sliced:
+                        begin(source, self.spread.num_bytes(source), "temporary", at)
             room = self._given_up(op, at, block)
             if op.name not in HEAVY:  # it may write where its operands are
                 for value in ends.pop(at, ()):
                     now.drop(value)
             for value in op.outputs:
-                if not value.virtual and not value.fused:
+                if value.kind == "gradient" and not self.plan.records[value.path].layers:
+                    # It waits for the end of the pass, whole and in the dtype in which it was made, to be cut.
+                    if value.path not in waiting and not value.virtual:
+                        waiting.add(value.path)
+                        late.add(id(value))
+                        begin(value, self.spread.num_bytes(value), "gradient", at)
+                elif not value.virtual and not value.fused:
                     saved = (
-                        top
+                        loop is None
                         and not op.backward
                         and value.last >= 0
                         and block.ops[min(value.last, len(block.ops) - 1)].backward
                     )
                     kind = "gradient" if value.kind == "gradient" else "activation" if saved else "temporary"
                     begin(value, max(0.0, self._held(value) - room), kind, at)
-            inner = max((self._fullest(each) for each in op.blocks), key=lambda each: each.total, default=_Moment())
-            whole = sum(self.spread.num_bytes(value) for value in op.outputs if value.kind == "gradient")
-            if now.total + max(inner.total, whole if not op.blocks else 0) > fullest.total:
+            inner = max((self._fullest(each, op) for each in op.blocks), key=lambda each: each.total, default=_Moment())
+            if now.total + inner.total > fullest.total:
                 fullest = now.copy()
                 fullest.join(inner)
-                if not op.blocks and whole:
-                    fullest.add_extra(max(0.0, whole - inner.total))
             for value in ends.pop(at, ()):
                 now.drop(value)
         return fullest
@@ -565,6 +584,35 @@ def _invariant(op: Op) -> set[int]:
         if not each.blocks and all(value is None or id(value) in same for value in each.inputs):
             same |= {id(value) for value in each.outputs}
             found.add(id(each))
+    return found
+
+
+def _scanned(loop: Op, block: Block) -> Sequence[Value]:
+    """What a loop cuts out of larger arrays each time: an array of its own, for whoever reads it in the body."""
+    return block.inputs[sum(scan_counts(loop.params)) :] if loop.name == "scan" else ()
+
+
+def _read_late(loop: Op, block: Block) -> set[int]:
+    """What a layer's gradients of parameters are made of, which is held until the layer is done.
+
+    Nothing waits for them in the layer, while all that comes before it waits for the other gradients: XLA:TPU makes
+    them last.
+    """
+    made = {id(out): op for op in block.ops for out in op.outputs}
+    queue = [
+        inner
+        for outer, inner in zip(loop.outputs, block.outputs, strict=False)
+        if outer.kind == "gradient" and inner is not None
+    ]
+    found: set[int] = set()
+    while queue:
+        op = made.get(id(queue.pop()))
+        if op is None:
+            continue
+        if op.name in PRODUCTS:
+            found |= {id(source) for each in op.inputs if each is not None for source in each.sources}
+        elif op.name in PASSED_ON:
+            queue += [each for each in op.inputs if each is not None]
     return found
 
 

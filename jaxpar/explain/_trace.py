@@ -85,6 +85,10 @@ HEAVY = frozenset(
 PRODUCTS = ("dot_general", "conv_general_dilated")
 BINARY = frozenset(("add", "add_any", "sub", "mul", "div", "max", "min", "pow", "rem", "atan2", "and", "or", "xor"))
 """Elementwise operations that repeat an operand along dims in which it is 1."""
+PASSED_ON = frozenset(
+    ("convert_element_type", "transpose", "mul", "div", "neg", "copy", "reshape", "squeeze", "add_any", "add")
+)
+"""What a gradient goes through between the product that makes it and its place."""
 
 
 @dataclasses.dataclass(eq=False, slots=True)
@@ -444,9 +448,6 @@ def _fuse(block: Block, readers: dict[int, int]) -> None:
             op.free = all(id(source) in at_hand for source in large)
 
 
-_PASSED_ON = {"convert_element_type", "transpose", "mul", "div", "neg", "copy", "reshape", "squeeze", "add_any", "add"}
-
-
 def _mark_gradient(block: Block, value: Value | None, path: str) -> None:
     """Mark the arrays that are the gradient of the parameter `path` on their way out."""
     size = value.size if value is not None else 0
@@ -458,7 +459,7 @@ def _mark_gradient(block: Block, value: Value | None, path: str) -> None:
             continue
         value.kind, value.path = "gradient", path
         op = made.get(id(value))
-        if op is not None and op.name in _PASSED_ON:
+        if op is not None and op.name in PASSED_ON:
             queue += op.inputs
 
 

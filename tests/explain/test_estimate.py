@@ -136,18 +136,15 @@ def compiled(program):
     return program.train_step.lower(model, optimizer, batch).compile()
 
 
-@pytest.mark.parametrize(
-    ("make", "axes"),
-    [(recipe, {"data": 8}), (recipe, {"data": 2, "fsdp": 2, "tensor": 2}), (plain, {"fsdp": 8})],
-    ids=["gpt-data", "gpt-all", "pytree-fsdp"],
-)
-def test_memory_is_half_or_more_of_what_xla_cpu_needs(make, axes):
-    """Arguments to the byte, but for padding of scalars. XLA:CPU writes down what TPUs fuse: up to as much again."""
+@each_mesh
+@pytest.mark.parametrize("make", [recipe, plain, mlp], ids=["gpt", "pytree", "mlp"])
+def test_memory_is_near_what_xla_cpu_needs(make, axes):
+    """Arguments to the byte, but for padding of scalars; the peak of a compiler that fuses little within a third."""
     program = make().on(jp.mesh(**axes))
     found, truth = estimate(program).memory, compiled(program).memory_analysis()
     assert abs(found.argument - truth.argument_size_in_bytes) < 1024
     ratio = found.peak / (truth.argument_size_in_bytes + truth.temp_size_in_bytes)
-    assert 0.5 < ratio < 1.2, f"{found.peak / MIB:.1f} MiB estimated, ratio {ratio:.2f}"
+    assert 0.66 < ratio < 1 / 0.66, f"{found.peak / MIB:.1f} MiB estimated, ratio {ratio:.2f}"
 
 
 @pytest.mark.libtpu
