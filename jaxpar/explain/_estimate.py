@@ -18,7 +18,7 @@ import collections
 import dataclasses
 import functools as ft
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -34,7 +34,7 @@ from . import _trace
 from ._axes import mesh_axes
 from ._coefficients import Coefficients, bounds, coefficients
 from ._collectives import Row
-from ._memory import Held, Memory
+from ._memory import ON_CHIP as ON_CHIP_PATH, Held, Memory
 from ._report import Report
 from ._spread import Split, Spread
 from ._timeline import Event, Timeline
@@ -42,10 +42,13 @@ from ._trace import HEAVY, PASSED_ON, PRODUCTS, Block, Op, Trace, Value, product
 from ._wire import Transfer, fabric
 
 # Beside the predictor's coefficients: the first figure is the estimate, the others bound the step from below and above.
-MATMUL = {"tpu": (0.97, 1.0, 0.85), "gpu": (0.75, 0.85, 0.60), "cpu": (1.0, 1.0, 1.0)}
+# By chip where XLA's own cycles have been read, else by kind.
+MATMUL = {"v5p": (0.95, 1.0, 0.85), "tpu": (0.97, 1.0, 0.85), "gpu": (0.75, 0.85, 0.60), "cpu": (1.0, 1.0, 1.0)}
 """Of the peak FLOP/s, reached by matrix products that fill whole tiles: on TPUs what XLA's own cycles say of them."""
-MEMORY = {"tpu": (0.94, 1.0, 0.70), "gpu": (0.80, 0.92, 0.65), "cpu": (1.0, 1.0, 1.0)}
+MEMORY = {"v5p": (0.80, 0.94, 0.60), "tpu": (0.94, 1.0, 0.70), "gpu": (0.80, 0.92, 0.65), "cpu": (1.0, 1.0, 1.0)}
 """Of the memory's bandwidth: likewise, of the softmax of plain attention."""
+ON_CHIP = 2.4
+"""How much faster than memory the vector units of a TPU work through arrays that are on the chip: likewise."""
 HIDING = {"tpu": ("weight",), "gpu": ("weight", "gradient"), "cpu": ()}
 """What runs behind computation. XLA:TPU makes a reduced gradient of one synchronous fusion, XLA:GPU an asynchronous."""
 HIDDEN = (0.80, 1.0, 0.0)
@@ -141,8 +144,10 @@ class _Estimate:
             held.append(Held(kind="gradient", path="the accumulator", bytes=self._accumulator()))
         if cast := self._cast():
             held.append(Held(kind="temporary", path="layers in the dtype that they are read in", bytes=cast))
-        peak = max(self._fullest(self.trace.block), self._summed_together(), key=lambda each: each.total)
+        peak = max(self._fullest(self.trace.block), self._summed_together(), key=_in_memory)
         held += peak.held()
+        if (more := peak.on_chip() - peak.in_memory()) > 0:  # XLA counts the fuller of the two
+            held.append(Held(kind="temporary", path=ON_CHIP_PATH, bytes=math.ceil(more)))
         total = sum(each.bytes for each in held)
         argument = sum(slots.values()) + math.ceil(batch)
         return Memory(
@@ -192,16 +197,16 @@ class _Estimate:
 
     def _fullest(self, block: Block, loop: Op | None = None) -> "_Moment":
         """The moment when the arrays that `block`, the body of `loop` or the whole, makes hold the most."""
-        now = _Moment()
-        fullest = _Moment()
+        now = _Moment(room=self.hardware.chip.on_chip)
+        fullest = _Moment(room=now.room)
         ends: dict[int, list[Value]] = {}
         born: set[int] = set()
         waiting: set[str] = set()
         sliced = set() if loop is None else {id(value) for value in _scanned(loop, block)}
-        late = set() if loop is None or self.hardware.kind == "cpu" else _read_late(loop, block)
+        late = {} if loop is None or self.hardware.kind == "cpu" else _read_late(loop, block)
 
         def begin(value: Value, size: float, kind: str, at: int) -> None:
-            last = len(block.ops) if id(value) in late else value.last
+            last = max(late.get(id(value), -1), value.last)
             if id(value) not in born and size and last >= at:
                 born.add(id(value))
                 now.add(value, size, kind)
@@ -223,7 +228,7 @@ class _Estimate:
                     # It waits for the end of the pass, whole and in the dtype in which it was made, to be cut.
                     if value.path not in waiting and not value.virtual:
                         waiting.add(value.path)
-                        late.add(id(value))
+                        late[id(value)] = len(block.ops)
                         begin(value, self.spread.num_bytes(value), "gradient", at)
                 elif not value.virtual and not value.fused:
                     saved = (
@@ -234,8 +239,8 @@ class _Estimate:
                     )
                     kind = "gradient" if value.kind == "gradient" else "activation" if saved else "temporary"
                     begin(value, max(0.0, self._held(value) - room), kind, at)
-            inner = max((self._fullest(each, op) for each in op.blocks), key=lambda each: each.total, default=_Moment())
-            if now.total + inner.total > fullest.total:
+            inner = max((self._fullest(each, op) for each in op.blocks), key=_in_memory, default=_Moment())
+            if now.in_memory(beside=inner) > fullest.in_memory():
                 fullest = now.copy()
                 fullest.join(inner)
             for value in ends.pop(at, ()):
@@ -305,8 +310,8 @@ class _Estimate:
 
     def _assumed(self) -> str:
         return (
-            f"matrix products reach {MATMUL[self.hardware.kind][0]:.0%} of the peak, memory "
-            f"{MEMORY[self.hardware.kind][0]:.0%} of its bandwidth; {HIDDEN[0]:.0%} of what moves "
+            f"matrix products reach {self._of(MATMUL)[0]:.0%} of the peak, memory "
+            f"{self._of(MEMORY)[0]:.0%} of its bandwidth; {HIDDEN[0]:.0%} of what moves "
             f"{' and '.join(f'{each}s' for each in HIDING[self.hardware.kind])} hides behind computation, nothing else"
         )
 
@@ -364,15 +369,20 @@ class _Estimate:
             return 0.0, 0.0, 0.0
         flops, dtype = self._op_flops(op)
         read = {id(source): source for value in op.inputs if value is not None for source in value.sources}
-        moved = math.fsum(self.spread.num_bytes(value) for value in (*read.values(), *op.outputs) if not value.fused)
+        moved = math.fsum(self._moved(value) for value in (*read.values(), *op.outputs) if not value.fused)
         peak, bandwidth = self.hardware.peak_flops(dtype or "bfloat16"), self.hardware.hbm_bandwidth
         if not peak or not bandwidth:
             return 0.0, 0.0, 0.0
-        each = [
-            max(flops / peak / MATMUL[self.hardware.kind][at], moved / bandwidth / MEMORY[self.hardware.kind][at])
-            for at in range(3)
-        ]
+        each = [max(flops / peak / self._of(MATMUL)[at], moved / bandwidth / self._of(MEMORY)[at]) for at in range(3)]
         return each[0], each[1], each[2]
+
+    def _of(self, rates: Mapping[str, tuple[float, float, float]]) -> tuple[float, float, float]:
+        return rates.get(self.hardware.chip.name, rates[self.hardware.kind])
+
+    def _moved(self, value: Value) -> float:
+        """Bytes of an array that is read or written, as the time that it takes counts them."""
+        size = self.spread.num_bytes(value)
+        return size / ON_CHIP if size <= self.hardware.chip.on_chip / 2 and value.kind != "parameter" else size
 
     def _op_flops(self, op: Op) -> tuple[float, str]:
         """FLOPs of one device, its tiles filled up, and the dtype of the operands."""
@@ -396,7 +406,7 @@ class _Estimate:
         totals = self.plan.totals()
         moved = 2 * (totals.parameters + (totals.optimizer or 0)) + totals.gradients
         bandwidth = self.hardware.hbm_bandwidth
-        each = [moved / bandwidth / MEMORY[self.hardware.kind][at] if bandwidth else 0.0 for at in range(3)]
+        each = [moved / bandwidth / self._of(MEMORY)[at] if bandwidth else 0.0 for at in range(3)]
         return each[0], each[1], each[2]
 
     # Traffic.
@@ -529,11 +539,24 @@ class _Estimate:
 
 @dataclasses.dataclass(eq=False)
 class _Moment:
-    """What is held at one moment, and where no array says so, `extra` bytes."""
+    """What is held at one moment: arrays; `extra` bytes where no array says so; `small`, of those that fit on the chip.
+
+    A TPU has `room` there, and XLA keeps what it can in it: temporaries of up to half of it, as far as they go.
+    """
 
     values: dict[int, tuple[Value, float, str]] = dataclasses.field(default_factory=dict)
     total: float = 0.0
     extra: float = 0.0
+    small: float = 0.0
+    room: int = 0
+
+    def in_memory(self, beside: "_Moment | None" = None) -> float:
+        """Bytes that are not on the chip; with those of a loop's body, if one runs."""
+        total = self.total + (beside.total if beside else 0.0)
+        return total - self.on_chip(beside)
+
+    def on_chip(self, beside: "_Moment | None" = None) -> float:
+        return min(self.room, self.small + (beside.small if beside else 0.0))
 
     def add_extra(self, size: float) -> None:
         self.extra += size
@@ -542,30 +565,46 @@ class _Moment:
     def add(self, value: Value, size: float, kind: str) -> None:
         self.values[id(value)] = (value, size, kind)
         self.total += size
+        self.small += size if self.fits(size, kind) else 0.0
 
     def drop(self, value: Value) -> None:
-        self.total -= self.values.pop(id(value))[1]
+        _, size, kind = self.values.pop(id(value))
+        self.total -= size
+        self.small -= size if self.fits(size, kind) else 0.0
+
+    def fits(self, size: float, kind: str) -> bool:
+        return kind == "temporary" and size <= self.room / 2
 
     def copy(self) -> "_Moment":
-        return _Moment(dict(self.values), self.total, self.extra)
+        return _Moment(dict(self.values), self.total, self.extra, self.small, self.room)
 
     def join(self, other: "_Moment") -> None:
         self.values |= other.values
         self.total += other.total
         self.extra += other.extra
+        self.small += other.small
 
     def held(self) -> list[Held]:
         """Rows of a memory table: gradients by parameter, activations by shape, temporaries by what they are."""
         rows: dict[tuple[str, str, str], float] = {}
-        for value, size, kind in self.values.values():
+        room = self.on_chip()
+        for value, size, kind in sorted(self.values.values(), key=lambda each: -each[1]):
+            away = min(room, size) if self.fits(size, kind) else 0.0
+            room -= away
             path = value.path if kind == "gradient" or value.kind == "parameter" else ""
             shape = "" if kind == "gradient" else value.text
-            rows[kind, path, shape] = rows.get((kind, path, shape), 0.0) + size
+            rows[kind, path, shape] = rows.get((kind, path, shape), 0.0) + size - away
         if self.extra:
             rows["temporary", "gradients before they are cut", ""] = self.extra
         return [
-            Held(kind=kind, path=path, bytes=math.ceil(size), shape=shape) for (kind, path, shape), size in rows.items()
+            Held(kind=kind, path=path, bytes=math.ceil(size), shape=shape)
+            for (kind, path, shape), size in rows.items()
+            if size
         ]
+
+
+def _in_memory(moment: _Moment) -> float:
+    return moment.in_memory()
 
 
 def _as_split(spec: Any, ndim: int) -> Split:
@@ -592,25 +631,26 @@ def _scanned(loop: Op, block: Block) -> Sequence[Value]:
     return block.inputs[sum(scan_counts(loop.params)) :] if loop.name == "scan" else ()
 
 
-def _read_late(loop: Op, block: Block) -> set[int]:
-    """What a layer's gradients of parameters are made of, which is held until the layer is done.
+def _read_late(loop: Op, block: Block) -> dict[int, int]:
+    """What a layer's gradients of parameters are made of, and until when it is held, where the layer has a loop itself.
 
-    Nothing waits for them in the layer, while all that comes before it waits for the other gradients: XLA:TPU makes
-    them last.
+    Nothing in the layer waits for such a gradient, while the loop leads to all the others: XLA:TPU runs it first.
     """
-    made = {id(out): op for op in block.ops for out in op.outputs}
+    last_loop = max((at for at, op in enumerate(block.ops) if op.blocks), default=-1)
+    made = {id(out): at for at, op in enumerate(block.ops) for out in op.outputs}
     queue = [
         inner
         for outer, inner in zip(loop.outputs, block.outputs, strict=False)
         if outer.kind == "gradient" and inner is not None
     ]
-    found: set[int] = set()
+    found: dict[int, int] = {}
     while queue:
-        op = made.get(id(queue.pop()))
-        if op is None:
+        at = made.get(id(queue.pop()), last_loop)
+        op = block.ops[at]
+        if at >= last_loop:
             continue
         if op.name in PRODUCTS:
-            found |= {id(source) for each in op.inputs if each is not None for source in each.sources}
+            found |= {id(source): last_loop for each in op.inputs if each is not None for source in each.sources}
         elif op.name in PASSED_ON:
             queue += [each for each in op.inputs if each is not None]
     return found
