@@ -39,6 +39,7 @@ from ._report import Report
 from ._spread import Split, Spread
 from ._timeline import Event, Timeline
 from ._trace import HEAVY, PASSED_ON, PRODUCTS, Block, Op, Trace, Value, product_flops
+from ._units import size_text
 from ._wire import Transfer, fabric
 
 # Beside the predictor's coefficients: the first figure is the estimate, the others bound the step from below and above.
@@ -79,6 +80,34 @@ def estimate(program: Program, traced: Trace | None = None) -> Report:
 def memory_of(program: Program, traced: Trace) -> Memory:
     """The memory of `estimate(program, traced)`, alone."""
     return _Estimate(program, traced).memory()
+
+
+def in_microbatches(program: Program) -> Iterator[Program]:
+    """`program` as it is, then in twice as many microbatches, as long as each device has a row."""
+    accumulate = program.recipe.accumulate
+    while program.recipe.batch_size % (accumulate * program.plan.num_batch_shards) == 0:
+        yield Program(recipe=dataclasses.replace(program.recipe, accumulate=accumulate), plan=program.plan)
+        accumulate *= 2
+
+
+def what_fits(program: Program, traced: Trace, *, needed: int = 0) -> str:
+    """The fewest microbatches in which `program` fits, in a sentence; `""` where none are enough.
+
+    Args:
+        program: As it does not fit.
+        traced: From `trace(program)`.
+        needed: What a compiler says that it needs: others are expected to need as much more than estimated.
+    """
+    first = memory_of(program, traced)
+    margin = max(1.0, needed / first.peak)
+    for each in in_microbatches(program):
+        memory = memory_of(each, traced)
+        if each.recipe.accumulate > program.recipe.accumulate and memory.peak * margin <= memory.limit:
+            return (
+                f"Recipe(accumulate={each.recipe.accumulate}) fits: as many microbatches, one after another, need "
+                f"about {size_text(int(memory.peak * margin))}."
+            )
+    return ""
 
 
 class _Estimate:
