@@ -205,8 +205,8 @@ def _calibration(here: Sequence[Candidate]) -> str:
     least, most = min(errors), max(errors)
     told = f"{least:+.0%}" if f"{least:.0%}" == f"{most:.0%}" else f"{least:+.0%} to {most:+.0%}"
     return (
-        f"{here[0].target}: compiled steps are {told} of their own estimates; those that were only estimated come after "
-        "them, and their times are to be read with that"
+        f"{here[0].target}: compiled steps take {told} against their own estimates; meshes that were only estimated "
+        "come after them, and their times are to be read with that"
     )
 
 

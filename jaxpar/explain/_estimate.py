@@ -175,7 +175,7 @@ class _Estimate:
             held.append(Held(kind="temporary", path="layers in the dtype that they are read in", bytes=cast))
         peak = max(self._fullest(self.trace.block), self._summed_together(), key=_in_memory)
         held += peak.held()
-        if (more := peak.on_chip() - peak.in_memory()) > 0:  # XLA counts the fuller of the two
+        if (more := min(peak.room, peak.most) - peak.in_memory()) > 0:  # XLA counts the fuller of the two
             held.append(Held(kind="temporary", path=ON_CHIP_PATH, bytes=math.ceil(more)))
         total = sum(each.bytes for each in held)
         argument = sum(slots.values()) + math.ceil(batch)
@@ -228,6 +228,7 @@ class _Estimate:
         """The moment when the arrays that `block`, the body of `loop` or the whole, makes hold the most."""
         now = _Moment(room=self.hardware.chip.on_chip)
         fullest = _Moment(room=now.room)
+        most = 0.0
         ends: dict[int, list[Value]] = {}
         born: set[int] = set()
         waiting: set[str] = set()
@@ -269,11 +270,13 @@ class _Estimate:
                     kind = "gradient" if value.kind == "gradient" else "activation" if saved else "temporary"
                     begin(value, max(0.0, self._held(value) - room), kind, at)
             inner = max((self._fullest(each, op) for each in op.blocks), key=_in_memory, default=_Moment())
+            most = max(most, now.small + inner.most)
             if now.in_memory(beside=inner) > fullest.in_memory():
                 fullest = now.copy()
                 fullest.join(inner)
             for value in ends.pop(at, ()):
                 now.drop(value)
+        fullest.most = most
         return fullest
 
     def _summed_together(self) -> "_Moment":
@@ -570,7 +573,8 @@ class _Estimate:
 class _Moment:
     """What is held at one moment: arrays; `extra` bytes where no array says so; `small`, of those that fit on the chip.
 
-    A TPU has `room` there, and XLA keeps what it can in it: temporaries of up to half of it, as far as they go.
+    A TPU has `room` there, and XLA keeps what it can in it: temporaries of up to half of it, as far as they go. `most`
+    is what these are at another moment, when they are most.
     """
 
     values: dict[int, tuple[Value, float, str]] = dataclasses.field(default_factory=dict)
@@ -578,6 +582,7 @@ class _Moment:
     extra: float = 0.0
     small: float = 0.0
     room: int = 0
+    most: float = 0.0
 
     def in_memory(self, beside: "_Moment | None" = None) -> float:
         """Bytes that are not on the chip; with those of a loop's body, if one runs."""
