@@ -50,6 +50,7 @@ class Chip:
         devices: JAX devices in the chip.
         counts_cores: Whether cloud names count TensorCores rather than chips.
         memory: Bytes that a program may use of one device.
+        on_chip: Bytes of one device's vector memory, where a compiler keeps what fits.
         bf16: Dense FLOP/s of the chip in bfloat16; `f32` is that of a float32 matmul at JAX's default precision.
         hbm: Memory bandwidth, bytes/s.
         links: Links to neighbours in the slice.
@@ -66,6 +67,7 @@ class Chip:
     devices: int = 1
     counts_cores: bool = False
     memory: int = 0
+    on_chip: int = 0
     bf16: float = 0.0
     f32: float = 0.0
     int8: float = 0.0
@@ -327,6 +329,7 @@ def _chip(name: str) -> Chip:
         devices=facts["devices"],
         counts_cores=facts.get("counts_cores", False),
         memory=round(facts.get("memory_gib", 0) * _GIB),
+        on_chip=facts.get("on_chip_mib", 0) * 2**20,
         hbm=facts.get("hbm_gb_s", 0) * 1e9,
         links=facts.get("links", 0),
         link=facts.get("link_gb_s", 0) * 1e9,

@@ -6,7 +6,7 @@ fit a device's memory, its batch is split into more microbatches, as few as it t
 """
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -21,7 +21,7 @@ from .._plan_text import bytes_text
 from .._planned import Traced
 from .._recipe import Program, Recipe
 from ..explain import Report
-from ..explain._estimate import estimate, memory_of
+from ..explain._estimate import estimate, in_microbatches, memory_of
 from ..explain._trace import Trace, key_of, trace
 
 
@@ -139,29 +139,20 @@ class Search:
     def _fitted(
         self, hardware: Hardware, axes: Mapping[str, int], program: Program, traced: Trace
     ) -> Candidate | Rejected:
-        accumulate, memory = self.recipe.accumulate, memory_of(program, traced)
-        for accumulate in self._microbatches(program):
-            if accumulate != program.recipe.accumulate:
-                recipe = dataclasses.replace(self.recipe, accumulate=accumulate)
-                program = Program(recipe=recipe, plan=program.plan)
-            memory = memory_of(program, traced)
+        fitted = program
+        for fitted in in_microbatches(program):
+            memory = memory_of(fitted, traced)
             kept = memory.argument + program.plan.totals().gradients
             if memory.peak * self.margin <= memory.limit or kept > memory.limit:
                 break
-        report = estimate(program, traced)
+        accumulate = fitted.recipe.accumulate
+        report = estimate(fitted, traced)
         assert report.memory is not None, "an estimate has its memory"
         if report.memory.peak * self.margin > report.memory.limit:
             kept = memory.argument + program.plan.totals().gradients
             return _does_not_fit(hardware.name, axes, accumulate, report, kept, self.margin)
-        self.programs[hardware.name, tuple(axes.items())] = program
+        self.programs[hardware.name, tuple(axes.items())] = fitted
         return Candidate(target=hardware.name, axes=dict(axes), accumulate=accumulate, report=report, estimate=report)
-
-    def _microbatches(self, program: Program) -> Iterator[int]:
-        """The recipe's own number, then twice as many as long as each device has a row."""
-        accumulate = self.recipe.accumulate
-        while self.recipe.batch_size % (accumulate * program.plan.num_batch_shards) == 0:
-            yield accumulate
-            accumulate *= 2
 
     def _traced(self, program: Program) -> Trace:
         key = key_of(program)

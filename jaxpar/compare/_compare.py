@@ -103,6 +103,7 @@ def compare(
             "the simpler mesh comes first"
         )
     length = _scale.sequence_length(recipe)
+    notes += filter(None, (_calibration([each for each in candidates if each.target == at.name]) for at in hardware))
     if tokens is None and length is not None:
         notes.append(f"days and cost are for {TOKENS_PER_PARAMETER} tokens a parameter (tokens= for others)")
     return Comparison(
@@ -189,6 +190,23 @@ def _fit_again(
     return (
         f"{hardware.name}: the compiler needs {bytes_text(needed.peak)} for {candidate.name}, {search.margin - 1:.0%} "
         "more than estimated, so the others were fitted with that margin"
+    )
+
+
+def _calibration(here: Sequence[Candidate]) -> str:
+    """How far the estimates of one target are from the compiler, where the table has both."""
+    errors = [
+        each.seconds / each.estimate.timeline.step_seconds - 1
+        for each in here
+        if each.is_compiled and each.estimate.timeline is not None
+    ]
+    if not errors or len(errors) == len(here):
+        return ""
+    least, most = min(errors), max(errors)
+    told = f"{least:+.0%}" if f"{least:.0%}" == f"{most:.0%}" else f"{least:+.0%} to {most:+.0%}"
+    return (
+        f"{here[0].target}: compiled steps take {told} against their own estimates; meshes that were only estimated "
+        "come after them, and their times are to be read with that"
     )
 
 

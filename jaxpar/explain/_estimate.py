@@ -1,14 +1,18 @@
 """`estimate`: what a program costs in memory, traffic and time, reckoned from its plan without compiling anything.
 
 It takes one trace of the loss, which serves every mesh, and milliseconds for each. Less exact than a compiled program,
-and made for ranking meshes: what it leaves out, it leaves out on every mesh alike. Seen against XLA:TPU: 13% high in
-memory and 1% in time for the small decoder on v5e that its constants were chosen by, 12% low in memory for 34B on 64
-v5p; no program was held out. For arrays of a few MiB, which a TPU keeps on the chip, it is up to 1.8 times too high,
-and against XLA:CPU, which writes down what TPUs fuse, as low as half.
+and made for ranking meshes. Seen against compilers, as estimate / truth:
+
+- XLA:TPU, memory: 1.01 to 1.05 for 34B on 64 v5p (five meshes and microbatches, three of them held out when the rules
+  were found), 1.14 and 1.19 for small decoders of 4 layers on v5e, 1.07 and 1.10 for one of 4 MiB.
+- XLA:TPU, computation: 0.97 and 0.98 for those decoders, by which the rates of v5e were chosen.
+- XLA:CPU, memory: 0.74 to 1.07; a decoder is low, as that compiler runs whatever is ready and holds its result.
+- XLA:GPU: nothing was compared.
 
 - *Traffic* is `Plan.moves` of every parameter, and what a split vocabulary moves.
-- *Memory* is what the plan stores, the batch, and the fullest moment of the gradient's own arrays, each cut as
-  `_spread` finds: the saved activations and the work of one layer, with the weights that are gathered for it.
+- *Memory* is what the plan stores, the batch, stacks of layers in the dtype that they are read in, and the fullest
+  moment of the gradient's own arrays, each cut as `_spread` finds: saved activations and the work of one layer, with
+  the weights that are gathered for it. Gradients outside of loops stay whole until the end of the pass.
 - *Time*: each operation takes as long as its FLOPs or its bytes need, whichever is longer. Gathered weights (on
   GPUs reduced gradients too) hide behind the computation of their pass, as far as it reaches; activations, on which
   the next matrix waits, hide behind nothing.
@@ -18,7 +22,7 @@ import collections
 import dataclasses
 import functools as ft
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -34,18 +38,22 @@ from . import _trace
 from ._axes import mesh_axes
 from ._coefficients import Coefficients, bounds, coefficients
 from ._collectives import Row
-from ._memory import Held, Memory
+from ._memory import ON_CHIP as ON_CHIP_PATH, Held, Memory
 from ._report import Report
 from ._spread import Split, Spread
 from ._timeline import Event, Timeline
-from ._trace import HEAVY, PRODUCTS, Block, Op, Trace, Value, product_flops
+from ._trace import HEAVY, PASSED_ON, PRODUCTS, Block, Op, Trace, Value, product_flops
+from ._units import size_text
 from ._wire import Transfer, fabric
 
 # Beside the predictor's coefficients: the first figure is the estimate, the others bound the step from below and above.
-MATMUL = {"tpu": (0.97, 1.0, 0.85), "gpu": (0.75, 0.85, 0.60), "cpu": (1.0, 1.0, 1.0)}
+# By chip where XLA's own cycles have been read, else by kind.
+MATMUL = {"v5p": (0.95, 1.0, 0.85), "tpu": (0.97, 1.0, 0.85), "gpu": (0.75, 0.85, 0.60), "cpu": (1.0, 1.0, 1.0)}
 """Of the peak FLOP/s, reached by matrix products that fill whole tiles: on TPUs what XLA's own cycles say of them."""
-MEMORY = {"tpu": (0.94, 1.0, 0.70), "gpu": (0.80, 0.92, 0.65), "cpu": (1.0, 1.0, 1.0)}
+MEMORY = {"v5p": (0.80, 0.94, 0.60), "tpu": (0.94, 1.0, 0.70), "gpu": (0.80, 0.92, 0.65), "cpu": (1.0, 1.0, 1.0)}
 """Of the memory's bandwidth: likewise, of the softmax of plain attention."""
+ON_CHIP = 2.4
+"""How much faster than memory the vector units of a TPU work through arrays that are on the chip: likewise."""
 HIDING = {"tpu": ("weight",), "gpu": ("weight", "gradient"), "cpu": ()}
 """What runs behind computation. XLA:TPU makes a reduced gradient of one synchronous fusion, XLA:GPU an asynchronous."""
 HIDDEN = (0.80, 1.0, 0.0)
@@ -76,6 +84,34 @@ def estimate(program: Program, traced: Trace | None = None) -> Report:
 def memory_of(program: Program, traced: Trace) -> Memory:
     """The memory of `estimate(program, traced)`, alone."""
     return _Estimate(program, traced).memory()
+
+
+def in_microbatches(program: Program) -> Iterator[Program]:
+    """`program` as it is, then in twice as many microbatches, as long as each device has a row."""
+    accumulate = program.recipe.accumulate
+    while program.recipe.batch_size % (accumulate * program.plan.num_batch_shards) == 0:
+        yield Program(recipe=dataclasses.replace(program.recipe, accumulate=accumulate), plan=program.plan)
+        accumulate *= 2
+
+
+def what_fits(program: Program, traced: Trace, *, needed: int = 0) -> str:
+    """The fewest microbatches in which `program` fits, in a sentence; `""` where none are enough.
+
+    Args:
+        program: As it does not fit.
+        traced: From `trace(program)`.
+        needed: What a compiler says that it needs: others are expected to need as much more than estimated.
+    """
+    first = memory_of(program, traced)
+    margin = max(1.0, needed / first.peak)
+    for each in in_microbatches(program):
+        memory = memory_of(each, traced)
+        if each.recipe.accumulate > program.recipe.accumulate and memory.peak * margin <= memory.limit:
+            return (
+                f"Recipe(accumulate={each.recipe.accumulate}) fits: as many microbatches, one after another, need "
+                f"about {size_text(int(memory.peak * margin))}."
+            )
+    return ""
 
 
 class _Estimate:
@@ -139,8 +175,12 @@ class _Estimate:
         held.append(Held(kind="batch", path="", bytes=math.ceil(batch)))
         if self.recipe.accumulate > 1:
             held.append(Held(kind="gradient", path="the accumulator", bytes=self._accumulator()))
-        peak = self._fullest(self.trace.block, top=True)
+        if cast := self._cast():
+            held.append(Held(kind="temporary", path="layers in the dtype that they are read in", bytes=cast))
+        peak = max(self._fullest(self.trace.block), self._summed_together(), key=_in_memory)
         held += peak.held()
+        if (more := min(peak.room, peak.most) - peak.in_memory()) > 0:  # XLA counts the fuller of the two
+            held.append(Held(kind="temporary", path=ON_CHIP_PATH, bytes=math.ceil(more)))
         total = sum(each.bytes for each in held)
         argument = sum(slots.values()) + math.ceil(batch)
         return Memory(
@@ -164,6 +204,14 @@ class _Estimate:
             for record in trained
         )
 
+    def _cast(self) -> int:
+        """Stacks of layers are cast whole, before the loop over them that gathers them one by one."""
+        return sum(
+            self.plan.local_bytes(record) * record.compute_dtype.itemsize // record.dtype.itemsize
+            for record in self.plan.parameters
+            if record.layers and record.compute_dtype != record.dtype
+        )
+
     def _held(self, value: Value) -> float:
         """Bytes of an array that is written down."""
         if value.kind == "gradient":
@@ -180,48 +228,81 @@ class _Estimate:
             return 0.0  # a loop takes its layers one by one, and reads them there
         return self.spread.num_bytes(value)
 
-    def _fullest(self, block: Block, *, top: bool = False) -> "_Moment":
-        """The moment when the arrays that `block` makes hold the most."""
-        now = _Moment()
-        fullest = _Moment()
+    def _fullest(self, block: Block, loop: Op | None = None) -> "_Moment":
+        """The moment when the arrays that `block`, the body of `loop` or the whole, makes hold the most."""
+        now = _Moment(room=self.hardware.chip.on_chip)
+        fullest = _Moment(room=now.room)
+        most = 0.0
         ends: dict[int, list[Value]] = {}
         born: set[int] = set()
+        waiting: set[str] = set()
+        sliced = set() if loop is None else {id(value) for value in _scanned(loop, block)}
+        late = {} if loop is None or self.hardware.kind == "cpu" else _read_late(loop, block)
 
         def begin(value: Value, size: float, kind: str, at: int) -> None:
-            if id(value) not in born and size and value.last >= at:
+            last = max(late.get(id(value), -1), value.last)
+            if id(value) not in born and size and last >= at:
                 born.add(id(value))
                 now.add(value, size, kind)
-                ends.setdefault(value.last, []).append(value)
+                ends.setdefault(last, []).append(value)
 
         for at, op in enumerate(block.ops):
             for value in op.inputs:
                 for source in () if value is None else value.sources:
                     if source.kind == "parameter":
                         begin(source, self._read_bytes(source), "temporary", at)
+                    elif id(source) in sliced:
+                        begin(source, self.spread.num_bytes(source), "temporary", at)
             room = self._given_up(op, at, block)
             if op.name not in HEAVY:  # it may write where its operands are
                 for value in ends.pop(at, ()):
                     now.drop(value)
             for value in op.outputs:
-                if not value.virtual and not value.fused:
+                if value.kind == "gradient" and not self.plan.records[value.path].layers:
+                    # It waits for the end of the pass, whole and in the dtype in which it was made, to be cut.
+                    if value.path not in waiting and not value.virtual:
+                        waiting.add(value.path)
+                        late[id(value)] = len(block.ops)
+                        begin(value, self.spread.num_bytes(value), "gradient", at)
+                elif not value.virtual and not value.fused:
                     saved = (
-                        top
+                        loop is None
                         and not op.backward
                         and value.last >= 0
                         and block.ops[min(value.last, len(block.ops) - 1)].backward
                     )
                     kind = "gradient" if value.kind == "gradient" else "activation" if saved else "temporary"
                     begin(value, max(0.0, self._held(value) - room), kind, at)
-            inner = max((self._fullest(each) for each in op.blocks), key=lambda each: each.total, default=_Moment())
-            whole = sum(self.spread.num_bytes(value) for value in op.outputs if value.kind == "gradient")
-            if now.total + max(inner.total, whole if not op.blocks else 0) > fullest.total:
+            inner = max((self._fullest(each, op) for each in op.blocks), key=_in_memory, default=_Moment())
+            most = max(most, now.small + inner.most)
+            if now.in_memory(beside=inner) > fullest.in_memory():
                 fullest = now.copy()
                 fullest.join(inner)
-                if not op.blocks and whole:
-                    fullest.extra += max(0.0, whole - inner.total)
             for value in ends.pop(at, ()):
                 now.drop(value)
+        fullest.most = most
         return fullest
+
+    def _summed_together(self) -> "_Moment":
+        """XLA:CPU's sum of gradients over devices, which waits for all that cross the same axes, and copies them."""
+        moment = _Moment()
+        if self.hardware.kind != "cpu":
+            return moment
+        whole: collections.Counter[Axes] = collections.Counter()
+        summed: dict[Axes, list[Value]] = {}
+        for value in self.trace.block.outputs[1:]:
+            assert value is not None, "a gradient is an array"
+            record = self.plan.records[value.path]
+            moment.add(value, self._held(value), "gradient")
+            over = [move for move in self.plan.moves(record) if move.what == "gradient" and not record.layers]
+            if over:  # a loop sums its own, a layer at a time
+                whole[over[0].axes] += over[0].bytes
+                summed.setdefault(over[0].axes, []).append(value)
+        axes = max(whole, key=lambda each: whole[each], default=())
+        for value in summed.get(axes, ()):
+            moment.drop(value)
+        moment.add_extra(2 * whole[axes])
+        return moment
 
     def _given_up(self, op: Op, at: int, block: Block) -> float:
         """Bytes that an elementwise operation writes where a loop's carried array was, which nobody reads later."""
@@ -265,8 +346,8 @@ class _Estimate:
 
     def _assumed(self) -> str:
         return (
-            f"matrix products reach {MATMUL[self.hardware.kind][0]:.0%} of the peak, memory "
-            f"{MEMORY[self.hardware.kind][0]:.0%} of its bandwidth; {HIDDEN[0]:.0%} of what moves "
+            f"matrix products reach {self._of(MATMUL)[0]:.0%} of the peak, memory "
+            f"{self._of(MEMORY)[0]:.0%} of its bandwidth; {HIDDEN[0]:.0%} of what moves "
             f"{' and '.join(f'{each}s' for each in HIDING[self.hardware.kind])} hides behind computation, nothing else"
         )
 
@@ -324,15 +405,20 @@ class _Estimate:
             return 0.0, 0.0, 0.0
         flops, dtype = self._op_flops(op)
         read = {id(source): source for value in op.inputs if value is not None for source in value.sources}
-        moved = math.fsum(self.spread.num_bytes(value) for value in (*read.values(), *op.outputs) if not value.fused)
+        moved = math.fsum(self._moved(value) for value in (*read.values(), *op.outputs) if not value.fused)
         peak, bandwidth = self.hardware.peak_flops(dtype or "bfloat16"), self.hardware.hbm_bandwidth
         if not peak or not bandwidth:
             return 0.0, 0.0, 0.0
-        each = [
-            max(flops / peak / MATMUL[self.hardware.kind][at], moved / bandwidth / MEMORY[self.hardware.kind][at])
-            for at in range(3)
-        ]
+        each = [max(flops / peak / self._of(MATMUL)[at], moved / bandwidth / self._of(MEMORY)[at]) for at in range(3)]
         return each[0], each[1], each[2]
+
+    def _of(self, rates: Mapping[str, tuple[float, float, float]]) -> tuple[float, float, float]:
+        return rates.get(self.hardware.chip.name, rates[self.hardware.kind])
+
+    def _moved(self, value: Value) -> float:
+        """Bytes of an array that is read or written, as the time that it takes counts them."""
+        size = self.spread.num_bytes(value)
+        return size / ON_CHIP if size <= self.hardware.chip.on_chip / 2 and value.kind != "parameter" else size
 
     def _op_flops(self, op: Op) -> tuple[float, str]:
         """FLOPs of one device, its tiles filled up, and the dtype of the operands."""
@@ -356,7 +442,7 @@ class _Estimate:
         totals = self.plan.totals()
         moved = 2 * (totals.parameters + (totals.optimizer or 0)) + totals.gradients
         bandwidth = self.hardware.hbm_bandwidth
-        each = [moved / bandwidth / MEMORY[self.hardware.kind][at] if bandwidth else 0.0 for at in range(3)]
+        each = [moved / bandwidth / self._of(MEMORY)[at] if bandwidth else 0.0 for at in range(3)]
         return each[0], each[1], each[2]
 
     # Traffic.
@@ -489,39 +575,74 @@ class _Estimate:
 
 @dataclasses.dataclass(eq=False)
 class _Moment:
-    """What is held at one moment, and where no array says so, `extra` bytes."""
+    """What is held at one moment: arrays; `extra` bytes where no array says so; `small`, of those that fit on the chip.
+
+    A TPU has `room` there, and XLA keeps what it can in it: temporaries of up to half of it, as far as they go. `most`
+    is what these are at another moment, when they are most.
+    """
 
     values: dict[int, tuple[Value, float, str]] = dataclasses.field(default_factory=dict)
     total: float = 0.0
     extra: float = 0.0
+    small: float = 0.0
+    room: int = 0
+    most: float = 0.0
+
+    def in_memory(self, beside: "_Moment | None" = None) -> float:
+        """Bytes that are not on the chip; with those of a loop's body, if one runs."""
+        total = self.total + (beside.total if beside else 0.0)
+        return total - self.on_chip(beside)
+
+    def on_chip(self, beside: "_Moment | None" = None) -> float:
+        return min(self.room, self.small + (beside.small if beside else 0.0))
+
+    def add_extra(self, size: float) -> None:
+        self.extra += size
+        self.total += size
 
     def add(self, value: Value, size: float, kind: str) -> None:
         self.values[id(value)] = (value, size, kind)
         self.total += size
+        self.small += size if self.fits(size, kind) else 0.0
 
     def drop(self, value: Value) -> None:
-        self.total -= self.values.pop(id(value))[1]
+        _, size, kind = self.values.pop(id(value))
+        self.total -= size
+        self.small -= size if self.fits(size, kind) else 0.0
+
+    def fits(self, size: float, kind: str) -> bool:
+        return kind == "temporary" and size <= self.room / 2
 
     def copy(self) -> "_Moment":
-        return _Moment(dict(self.values), self.total, self.extra)
+        return _Moment(dict(self.values), self.total, self.extra, self.small, self.room)
 
     def join(self, other: "_Moment") -> None:
         self.values |= other.values
         self.total += other.total
         self.extra += other.extra
+        self.small += other.small
 
     def held(self) -> list[Held]:
         """Rows of a memory table: gradients by parameter, activations by shape, temporaries by what they are."""
         rows: dict[tuple[str, str, str], float] = {}
-        for value, size, kind in self.values.values():
+        room = self.on_chip()
+        for value, size, kind in sorted(self.values.values(), key=lambda each: -each[1]):
+            away = min(room, size) if self.fits(size, kind) else 0.0
+            room -= away
             path = value.path if kind == "gradient" or value.kind == "parameter" else ""
             shape = "" if kind == "gradient" else value.text
-            rows[kind, path, shape] = rows.get((kind, path, shape), 0.0) + size
+            rows[kind, path, shape] = rows.get((kind, path, shape), 0.0) + size - away
         if self.extra:
-            rows["temporary", "a gradient before it is cut", ""] = self.extra
+            rows["temporary", "gradients before they are cut", ""] = self.extra
         return [
-            Held(kind=kind, path=path, bytes=math.ceil(size), shape=shape) for (kind, path, shape), size in rows.items()
+            Held(kind=kind, path=path, bytes=math.ceil(size), shape=shape)
+            for (kind, path, shape), size in rows.items()
+            if size
         ]
+
+
+def _in_memory(moment: _Moment) -> float:
+    return moment.in_memory()
 
 
 def _as_split(spec: Any, ndim: int) -> Split:
@@ -540,6 +661,36 @@ def _invariant(op: Op) -> set[int]:
         if not each.blocks and all(value is None or id(value) in same for value in each.inputs):
             same |= {id(value) for value in each.outputs}
             found.add(id(each))
+    return found
+
+
+def _scanned(loop: Op, block: Block) -> Sequence[Value]:
+    """What a loop cuts out of larger arrays each time: an array of its own, for whoever reads it in the body."""
+    return block.inputs[sum(scan_counts(loop.params)) :] if loop.name == "scan" else ()
+
+
+def _read_late(loop: Op, block: Block) -> dict[int, int]:
+    """What a layer's gradients of parameters are made of, and until when it is held, where the layer has a loop itself.
+
+    Nothing in the layer waits for such a gradient, while the loop leads to all the others: XLA:TPU runs it first.
+    """
+    last_loop = max((at for at, op in enumerate(block.ops) if op.blocks), default=-1)
+    made = {id(out): at for at, op in enumerate(block.ops) for out in op.outputs}
+    queue = [
+        inner
+        for outer, inner in zip(loop.outputs, block.outputs, strict=False)
+        if outer.kind == "gradient" and inner is not None
+    ]
+    found: dict[int, int] = {}
+    while queue:
+        at = made.get(id(queue.pop()), last_loop)
+        op = block.ops[at]
+        if at >= last_loop:
+            continue
+        if op.name in PRODUCTS:
+            found |= {id(source): last_loop for each in op.inputs if each is not None for source in each.sources}
+        elif op.name in PASSED_ON:
+            queue += [each for each in op.inputs if each is not None]
     return found
 
 

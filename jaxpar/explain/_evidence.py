@@ -73,6 +73,7 @@ class Evidence:
     memory: Memory | None = None
     plan: Any = None
     step: Any = None
+    fits: str = ""
 
     @ft.cached_property
     def flow(self) -> Flow:

@@ -23,13 +23,14 @@ from ._child import compile_elsewhere
 from ._collectives import rows
 from ._compiled import Compiled
 from ._compiler import compiler, memory_stats
-from ._estimate import estimate
+from ._estimate import estimate, what_fits
 from ._findings import find
 from ._flops import Flops, count, from_hlo
 from ._memory import Held, Memory, from_arguments, memory
 from ._report import Report
 from ._subject import Subject, subject
 from ._timeline import UNNAMED, mesh_of, predict
+from ._trace import trace
 
 T = TypeVar("T")
 
@@ -205,14 +206,17 @@ def assemble(
     timeline = part("timeline", lambda: predict(module, compiled))
     held = part("memory", lambda: from_arguments(compiled) if compiled.refusal else memory(module, compiled))
     table = part("collectives", lambda: rows(module, compiled, timeline, plan)) or ()
+    fits = ""
     if compiled.refusal and program is not None:
-        account = part("estimate", lambda: estimate(program))
-        if account is not None:
+        traced = part("trace", lambda: trace(program))
+        account = part("estimate", lambda: estimate(program, traced))
+        if traced is not None and account is not None:
+            fits = part("what fits", lambda: what_fits(program, traced, needed=compiled.needed)) or ""
             held, timeline, table = _reconciled(account.memory, held), account.timeline, account.collectives
             notes = (*notes, "Time, collectives and what memory is made of are estimates from the plan.")
     findings = part(
         "findings",
-        lambda: find(module, compiled, rows=table, timeline=timeline, memory=held, plan=plan, step=step),
+        lambda: find(module, compiled, rows=table, timeline=timeline, memory=held, plan=plan, step=step, fits=fits),
     )
     hardware = compiled.hardware
     return Report(
@@ -323,8 +327,20 @@ def _estimated(made: Subject, lacking: str) -> Report:
             "explain the file where that compiler is; or give a jp.Recipe, which can be estimated without one."
         )
     said = f"An estimate from the plan, no compiler has seen the step: {lacking}."
-    found = estimate(made.program)
-    return dataclasses.replace(found, notes=(said, *found.notes))
+    traced = trace(made.program)
+    found = estimate(made.program, traced)
+    memory = found.memory
+    fits = what_fits(made.program, traced) if memory is not None and memory.peak > memory.limit else ""
+    unseen = Compiled(
+        name=made.name,
+        text="",
+        hardware=_mesh.hardware_of(made.mesh),
+        axes=mesh_axes(made.mesh),
+        arguments=made.arguments,
+        num_tokens=made.num_tokens,
+    )
+    findings = find(_hlo.read(""), unseen, memory=memory, plan=made.plan, fits=fits)
+    return dataclasses.replace(found, findings=findings, notes=(said, *found.notes[1:]))
 
 
 def _peak_flops(compiled: Compiled, flops: Flops | None) -> float:

@@ -75,6 +75,8 @@ def _named(held: Held) -> str:
 
 def _change_that_fits(seen: Evidence, held: list[Held], excess: int) -> str:
     """The smallest change that saves `excess` bytes, by what is held; the largest saving, where none does."""
+    if seen.fits:
+        return seen.fits
     by_kind: dict[str, int] = {}
     for each in held:
         by_kind[each.kind] = by_kind.get(each.kind, 0) + each.bytes
@@ -84,25 +86,29 @@ def _change_that_fits(seen: Evidence, held: list[Held], excess: int) -> str:
         return f"{fitting[1]} saves about {size_text(fitting[0])} and fits."
     if not choices:
         return "Use more devices, or split the batch: jp.value_and_grad(loss, accumulate=2)."
-    together = " ".join(f"{text} saves about {size_text(size)}." for size, text in choices)
-    fits = sum(size for size, _ in choices) >= excess
-    return f"{together} {'Together they fit.' if fits else 'Together they do not fit: use more devices as well.'}"
+    best = {what: (size, text) for size, text, what in sorted(choices)}  # of each kind one: they save the same bytes
+    together = " ".join(f"{text} saves about {size_text(size)}." for size, text in best.values())
+    if sum(size for size, _ in best.values()) < excess:
+        return f"{together} {'Together they do' if len(best) > 1 else 'It does'} not fit: use more devices as well."
+    return f"{together} Together they fit."
 
 
-def _changes(seen: Evidence, by_kind: dict[str, int]) -> Iterator[tuple[int, str]]:
-    """What would save memory, and how much of it, the least intrusive first."""
+def _changes(seen: Evidence, by_kind: dict[str, int]) -> Iterator[tuple[int, str, str]]:
+    """What would save memory, how much of it, and of which kind; the least intrusive first."""
     whole = {kind: axis_to_split(seen, kind) for kind in ("optimizer", "parameter")}
     activations = by_kind.get("activation", 0)
     if axis := whole["optimizer"]:
-        yield _less(by_kind.get("optimizer", 0), seen.sizes[axis]), zero(axis)
+        yield _less(by_kind.get("optimizer", 0), seen.sizes[axis]), zero(axis), "state"
     if activations:
-        yield _less(activations, 2), "jp.value_and_grad(loss, accumulate=2)"
-        yield _less(activations, 4), "jp.value_and_grad(loss, accumulate=4)"
-        yield _less(activations, 5), 'jp.FSDP(blocks="blocks.*", remat="full"), which recomputes each block,'
-        yield _less(activations, 8), "jp.value_and_grad(loss, accumulate=8)"
+        yield _less(activations, 2), "jp.value_and_grad(loss, accumulate=2)", "activation"
+        yield _less(activations, 4), "jp.value_and_grad(loss, accumulate=4)", "activation"
+        if seen.plan is None or not any(record.remat for record in seen.plan.parameters):
+            remat = 'jp.FSDP(blocks="blocks.*", remat="full"), which recomputes each block,'
+            yield _less(activations, 5), remat, "activation"
+        yield _less(activations, 8), "jp.value_and_grad(loss, accumulate=8)", "activation"
     if axis := whole["parameter"]:
         state = sum(by_kind.get(kind, 0) for kind in ("parameter", "optimizer", "gradient"))
-        yield _less(state, seen.sizes[axis]), fsdp(seen, axis)
+        yield _less(state, seen.sizes[axis]), fsdp(seen, axis), "state"
 
 
 def _less(size: int, parts: int) -> int:

@@ -48,6 +48,7 @@ def find(
     memory: Memory | None = None,
     plan: Any = None,
     step: Any = None,
+    fits: str = "",
 ) -> tuple[Finding, ...]:
     """What is wrong with a compiled step, the worst first.
 
@@ -62,9 +63,17 @@ def find(
         memory: What a device holds.
         plan: The plan that it keeps to.
         step: What `plan.jit` made of the user's step.
+        fits: A change with which it fits, where one was found out.
     """
     seen = Evidence(
-        module=module, compiled=compiled, rows=tuple(rows), timeline=timeline, memory=memory, plan=plan, step=step
+        module=module,
+        compiled=compiled,
+        rows=tuple(rows),
+        timeline=timeline,
+        memory=memory,
+        plan=plan,
+        step=step,
+        fits=fits,
     )
     found = [finding for detect in _DETECTORS for finding in detect(seen)]
     return tuple(sorted(found, key=lambda each: (_WORST[each.severity], -each.seconds, -each.bytes)))

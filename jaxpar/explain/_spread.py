@@ -121,7 +121,7 @@ def _transpose(spread: Spread, op: Op) -> list[Split]:
 
 
 def _reshape(spread: Spread, op: Op) -> list[Split]:
-    """A dim that is cut stays so where it is the first of those that it becomes or goes into."""
+    """A dim that is cut stays so where it is the first of those that it becomes or goes into, as they divide."""
     (out,), value, split = op.outputs, op.inputs[0], spread.given(op)[0]
     made: list[tuple[str, ...]] = [()] * len(out.shape)
     if value is None:
@@ -143,9 +143,15 @@ def _reshape(spread: Spread, op: Op) -> list[Split]:
         # Leading 1s of a group carry nothing: what counts is the first dim that is longer.
         at = next((dim for dim in range(first, i + 1) if old[dim] > 1), first)
         to = next((dim for dim in range(start, j + 1) if new[dim] > 1), start)
-        axes = split[at]
-        if axes and new[to] % spread.parts(axes) == 0:
-            made[to] = axes
+        left = new[to] if to <= j else 1
+        for axis in split[at]:
+            while to < j and left % spread.sizes[axis]:
+                to += 1
+                left = new[to]
+            if left % spread.sizes[axis]:
+                break
+            made[to] = (*made[to], axis)
+            left //= spread.sizes[axis]
         i, j = i + 1, j + 1
     return [tuple(made)]
 

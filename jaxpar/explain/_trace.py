@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend import core as jax_core
 
+from .. import _mesh
 from .._birth import no_eager_sharding
 from .._compat import scan_counts
 from .._recipe import Program
@@ -82,6 +83,12 @@ HEAVY = frozenset(
 
 
 PRODUCTS = ("dot_general", "conv_general_dilated")
+BINARY = frozenset(("add", "add_any", "sub", "mul", "div", "max", "min", "pow", "rem", "atan2", "and", "or", "xor"))
+"""Elementwise operations that repeat an operand along dims in which it is 1."""
+PASSED_ON = frozenset(
+    ("convert_element_type", "transpose", "mul", "div", "neg", "copy", "reshape", "squeeze", "add_any", "add")
+)
+"""What a gradient goes through between the product that makes it and its place."""
 
 
 @dataclasses.dataclass(eq=False, slots=True)
@@ -182,7 +189,8 @@ class Trace:
 
 def key_of(program: Program) -> Any:
     """What a trace depends on: programs with the same key, of one recipe, have the same trace."""
-    return tuple((record.path, record.slot, str(record.compute_dtype)) for record in program.plan.records.values())
+    leaves = ((record.path, record.slot, str(record.compute_dtype)) for record in program.plan.records.values())
+    return _mesh.hardware_of(program.plan.mesh).kind, *leaves
 
 
 def trace(program: Program) -> Trace:
@@ -208,7 +216,7 @@ def trace(program: Program) -> Trace:
         if plan.records[path].slot in ("parameter", "frozen"):
             value.kind, value.path = "parameter", path
     block = maker.block(closed.jaxpr, inputs, [_value(var) for var in closed.jaxpr.constvars])
-    _decide(block)
+    _decide(block, _mesh.hardware_of(plan.mesh).kind)
     for value, path in zip(block.outputs[1:], sorted(params), strict=True):
         _mark_gradient(block, value, path)
     return Trace(
@@ -254,6 +262,19 @@ class _Maker:
         def of(var: Any) -> Value | None:
             return None if isinstance(var, jax_core.Literal) else env.get(var)
 
+        repeats: dict[tuple[int, tuple[int, ...]], Value] = {}
+
+        def repeated(value: Value | None, shape: tuple[int, ...]) -> Value | None:
+            """`value` along the dims of `shape` in which it is 1, as the operation that it becomes in HLO."""
+            if value is None or len(value.shape) != len(shape) or value.shape == shape:
+                return value
+            key = id(value), shape
+            if key not in repeats:
+                repeats[key] = Value(shape=shape, itemsize=value.itemsize, dtype=value.dtype)
+                dims = {"broadcast_dimensions": tuple(range(len(shape)))}
+                ops.append(Op("broadcast_in_dim", (value,), (repeats[key],), dims, backward))
+            return repeats[key]
+
         for eqn in jaxpr.eqns:
             name = eqn.primitive.name
             later = backward or "transpose(" in str(eqn.source_info.name_stack)
@@ -271,6 +292,8 @@ class _Maker:
                     env[var] = _value(var) if found is None else found
                 continue
             outputs = tuple(map(_value, eqn.outvars))
+            if name in BINARY:
+                inputs = tuple(repeated(value, outputs[0].shape) for value in inputs)
             env.update(zip(eqn.outvars, outputs, strict=True))
             blocks, trips = self._blocks(eqn, inputs, backward=later)
             ops.append(Op(name, inputs, outputs, eqn.params, later, blocks=blocks, trips=trips))
@@ -329,7 +352,7 @@ _SMALL = 1024
 """Elements: such arrays are not worth an account."""
 
 
-def _decide(block: Block) -> None:
+def _decide(block: Block, compiler: str) -> None:
     """Which arrays are written down, of what the others are made, and who reads each last; then the same in loops."""
     readers: dict[int, int] = {}
     made = {id(value) for op in block.ops for value in op.outputs}
@@ -340,6 +363,7 @@ def _decide(block: Block) -> None:
                 value.sources = () if value.sunk else (value,)
     kept = {id(value) for value in block.outputs if value is not None}
     looped = {id(value) for op in block.ops if op.blocks for value in op.inputs if value is not None}
+    handed = _handed_over(block, readers) if compiler == "cpu" else set()
     for at, op in enumerate(block.ops):
         read = {id(source): source for value in op.inputs if value is not None for source in value.sources}
         for source in read.values():
@@ -350,7 +374,7 @@ def _decide(block: Block) -> None:
             shared = readers.get(id(value), 0) > 1 and held > 1.25 * own
             # A mask that is broadcast before a loop is broadcast in the loop: compilers sink it.
             taken = id(value) in looped and held >= own / 4
-            value.virtual = not (op.name in HEAVY or shared or taken or id(value) in kept)
+            value.virtual = not (op.name in HEAVY or shared or taken or id(value) in kept or id(value) in handed)
             value.sources = tuple(read.values()) if value.virtual else (value,)
     for value in block.outputs:
         for source in () if value is None else value.sources:
@@ -360,7 +384,48 @@ def _decide(block: Block) -> None:
         for each in op.blocks:
             for outer, inner in zip(op.inputs[len(op.inputs) - len(each.inputs) :], each.inputs, strict=True):
                 inner.sunk = outer is not None and (outer.virtual or outer.sunk)
-            _decide(each)
+            _decide(each, compiler)
+
+
+_VIEWS = {"reshape", "squeeze", "transpose", "copy", "expand_dims"}
+
+
+def _handed_over(block: Block, readers: dict[int, int]) -> set[int]:
+    """What XLA:CPU writes down beside what others do: it calls a library for products and for reductions.
+
+    A product reads its operands from memory. A reduction computes itself what nobody else reads, but for arrays that
+    are repeated along a dim, of which the library knows nothing.
+    """
+    made = {id(out): op for op in block.ops for out in op.outputs}
+    found: set[int] = set()
+
+    def operand(value: Value | None) -> None:
+        while value is not None and (op := made.get(id(value))) is not None and op.name in _VIEWS:
+            value = op.inputs[0]
+        if value is not None and value.size > _SMALL:
+            found.add(id(value))
+
+    def reduced(value: Value | None) -> None:
+        op = None if value is None else made.get(id(value))
+        if value is None or op is None or op.name in HEAVY or value.size <= _SMALL:
+            return
+        source = op.inputs[0]
+        if op.name == "broadcast_in_dim" and source is not None and source.size < value.size:
+            found.update({id(value)} if source.size > 1 else ())
+        elif readers[id(value)] > 1 and op.name not in _VIEWS:
+            found.add(id(value))
+        else:
+            for each in op.inputs:
+                reduced(each)
+
+    for op in block.ops:
+        if op.name in PRODUCTS:
+            for value in op.inputs[:2]:
+                operand(value)
+        elif op.name.startswith("reduce_"):
+            for value in op.inputs:
+                reduced(value)
+    return found
 
 
 def _fuse(block: Block, readers: dict[int, int]) -> None:
@@ -383,9 +448,6 @@ def _fuse(block: Block, readers: dict[int, int]) -> None:
             op.free = all(id(source) in at_hand for source in large)
 
 
-_PASSED_ON = {"convert_element_type", "transpose", "mul", "div", "neg", "copy", "reshape", "squeeze", "add_any", "add"}
-
-
 def _mark_gradient(block: Block, value: Value | None, path: str) -> None:
     """Mark the arrays that are the gradient of the parameter `path` on their way out."""
     size = value.size if value is not None else 0
@@ -397,7 +459,7 @@ def _mark_gradient(block: Block, value: Value | None, path: str) -> None:
             continue
         value.kind, value.path = "gradient", path
         op = made.get(id(value))
-        if op is not None and op.name in _PASSED_ON:
+        if op is not None and op.name in PASSED_ON:
             queue += op.inputs
 
 

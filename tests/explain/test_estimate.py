@@ -11,7 +11,9 @@ import pytest
 from flax import nnx
 
 import jaxpar as jp
-from jaxpar.explain._estimate import estimate, memory_of
+from jaxpar._recipe import Program
+from jaxpar.compare._scale import scaled
+from jaxpar.explain._estimate import estimate, memory_of, what_fits
 from jaxpar.explain._trace import trace
 from models import gpt
 from models.gpt import config
@@ -136,40 +138,87 @@ def compiled(program):
     return program.train_step.lower(model, optimizer, batch).compile()
 
 
-@pytest.mark.parametrize(
-    ("make", "axes"),
-    [(recipe, {"data": 8}), (recipe, {"data": 2, "fsdp": 2, "tensor": 2}), (plain, {"fsdp": 8})],
-    ids=["gpt-data", "gpt-all", "pytree-fsdp"],
-)
-def test_memory_is_half_or_more_of_what_xla_cpu_needs(make, axes):
-    """Arguments to the byte, but for padding of scalars. XLA:CPU writes down what TPUs fuse: up to as much again."""
+@each_mesh
+@pytest.mark.parametrize("make", [recipe, plain, mlp], ids=["gpt", "pytree", "mlp"])
+def test_memory_is_near_what_xla_cpu_needs(make, axes):
+    """Arguments to the byte, but for padding of scalars; the peak of a compiler that fuses little within a third."""
     program = make().on(jp.mesh(**axes))
     found, truth = estimate(program).memory, compiled(program).memory_analysis()
     assert abs(found.argument - truth.argument_size_in_bytes) < 1024
     ratio = found.peak / (truth.argument_size_in_bytes + truth.temp_size_in_bytes)
-    assert 0.5 < ratio < 1.2, f"{found.peak / MIB:.1f} MiB estimated, ratio {ratio:.2f}"
+    assert 0.66 < ratio < 1 / 0.66, f"{found.peak / MIB:.1f} MiB estimated, ratio {ratio:.2f}"
 
 
 @pytest.mark.libtpu
-def test_an_estimate_is_near_what_xla_tpu_makes():
-    """Seen: memory 1.13 of the compiler's, computation 1.01, exposed communication 1.04, the step 1.01."""
-    # Large enough that no array stays in the chip's own 128 MiB, of which the estimate knows nothing.
-    cfg = dataclasses.replace(SMALL, vocab_size=2048, max_positions=1024, embed_dim=1024, mlp_dim=4096)
-    program = gpt.recipe(cfg, batch=256).on(jp.mesh("v5e:2x4", data=2, fsdp=2, tensor=2))
+@pytest.mark.parametrize(
+    ("width", "seq", "batch", "memory", "time"),
+    [(512, 512, 64, (0.75, 1.33), (0.67, 1.5)), (1024, 1024, 256, (0.8, 1.25), (0.85, 1.15))],
+    ids=["on-chip", "in-memory"],
+)
+def test_an_estimate_is_near_what_xla_tpu_makes(width, seq, batch, memory, time):
+    """Arrays that fit on the chip, and arrays that are larger than it."""
+    cfg = dataclasses.replace(SMALL, vocab_size=2048, max_positions=seq, embed_dim=width, mlp_dim=4 * width)
+    program = gpt.recipe(cfg, batch=batch).on(jp.mesh("v5e:2x4", data=2, fsdp=2, tensor=2))
     found, truth = estimate(program), jp.explain(program)
-    assert 0.8 < found.memory.peak / truth.memory.peak < 1.25
-    for name in ("step_seconds", "compute_seconds", "exposed_communication_seconds"):
+    assert memory[0] < found.memory.peak / truth.memory.peak < memory[1]
+    for name in ("step_seconds", "compute_seconds"):
         ratio = getattr(found.timeline, name) / getattr(truth.timeline, name)
-        assert 0.85 < ratio < 1.15, (name, ratio)
+        assert time[0] < ratio < time[1], (name, ratio)
+    exposed = [each.timeline.exposed_communication_seconds for each in (found, truth)]
+    assert abs(exposed[0] - exposed[1]) < (time[1] - 1) * exposed[1]
+    assert abs(exposed[0] - exposed[1]) < 0.15 * truth.timeline.step_seconds
 
 
-def test_microbatches_hold_less():
-    """Activations shrink with the microbatch, and a float32 accumulator comes beside the gradients."""
-    mesh = jp.mesh("v5e:2x4", fsdp=8)
-    program = recipe().on(mesh)
-    whole, parts = (memory_of(each, trace(each)) for each in (program, recipe(accumulate=4).on(mesh)))
-    assert parts.temporary < whole.temporary / 2
+def llama(axes, accumulate):
+    made = scaled(gpt.llama_34b(), "4M-tokens", 4096)
+    program = made.on(jp.mesh("v5p-128", **axes))
+    return Program(recipe=dataclasses.replace(made, accumulate=accumulate), plan=program.plan)
+
+
+def test_memory_at_scale_is_near_what_xla_tpu_said():
+    """34B on 64 chips, compiled once by libtpu 0.0.42, minutes each: the peaks that it gave, in bytes."""
+    said = [
+        ({"fsdp": 64}, 1, 105_559_558_717),  # refused
+        ({"fsdp": 64}, 2, 61_649_447_104),
+        ({"data": 2, "fsdp": 32}, 2, 73_654_710_464),
+        ({"data": 4, "fsdp": 16}, 2, 94_801_524_416),
+        ({"fsdp": 32, "tensor": 2}, 2, 89_320_524_992),
+    ]
+    programs = [llama(axes, accumulate) for axes, accumulate, _ in said]
+    traced = trace(programs[0])
+    for program, (axes, accumulate, peak) in zip(programs, said, strict=True):
+        ratio = memory_of(program, traced).peak / peak
+        assert 0.9 < ratio < 1.1, (axes, accumulate, ratio)
+
+
+def test_what_does_not_fit_is_told_in_how_many_microbatches_it_does():
+    program = llama({"fsdp": 64}, 1)
+    traced = trace(program)
+    assert "Recipe(accumulate=2) fits" in what_fits(program, traced)
+    assert "Recipe(accumulate=4) fits" in what_fits(program, traced, needed=2 * memory_of(program, traced).peak)
+    small = scaled(gpt.llama_34b(), "4M-tokens", 4096).on(jp.mesh("v5p-8", fsdp=4))
+    assert what_fits(small, traced) == ""  # the state alone is too large
+
+
+@pytest.mark.parametrize(
+    "hardware",
+    [
+        None,
+        pytest.param(
+            "v5e:2x4",
+            marks=pytest.mark.xfail(
+                strict=True, reason="nor does XLA:TPU: 6.9 MiB of 13.7, of which 2.9 are state, accumulator and casts"
+            ),
+        ),
+    ],
+    ids=["cpu", "v5e"],
+)
+def test_microbatches_hold_less(hardware):
+    """Four microbatches need less than half; a float32 accumulator comes beside the gradients. XLA:CPU: 12.2 of 35.4."""
+    mesh = jp.mesh(hardware, fsdp=8) if hardware else jp.mesh(fsdp=8)
+    whole, parts = (memory_of(each, trace(each)) for each in (recipe().on(mesh), recipe(accumulate=4).on(mesh)))
     assert any(each.path == "the accumulator" for each in parts.held)
+    assert parts.peak < whole.peak / 2
 
 
 def test_wire_bytes_rank_meshes_as_the_compiled_ones_do():

@@ -498,6 +498,21 @@ def test_a_program_that_the_compiler_refused_is_told_what_would_fit(axes, remedy
     assert one(find(_hlo.read(""), program, memory=memory), "memory").remedy.startswith(remedy)
 
 
+def test_a_change_that_was_found_to_fit_is_the_remedy(plain):
+    memory = memory_of(plain, ("activation", "blocks.mlp", 0.6), peak=1.1)
+    told = "Recipe(accumulate=8) fits."
+    assert one(find(_hlo.read(plain.text), plain, memory=memory, fits=told), "memory").remedy == told
+
+
+def test_savings_of_the_same_bytes_are_not_added_up(plain):
+    """Half, a quarter, a fifth or an eighth of the activations: one of these, not their sum."""
+    memory = memory_of(plain, ("activation", "", 1.5), peak=3.0)
+    remedy = one(find(_hlo.read(plain.text), plain, memory=memory), "memory").remedy
+    assert remedy.startswith("jp.value_and_grad(loss, accumulate=8)")
+    assert "accumulate=2" not in remedy
+    assert "It does not fit: use more devices as well." in remedy
+
+
 # ---- time
 
 
