@@ -24,13 +24,13 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 
-from .. import checkpoint
+from .. import _processes, checkpoint
 from .._errors import CheckpointError, StepError, listed
 from .._types import PyTree
-from ..checkpoint._checkpoint import versions
+from ..checkpoint._about import versions
 from ..checkpoint._parts import take_apart
 from ..checkpoint._steps import root, tidy
-from . import _processes, _signals
+from . import _signals
 from ._every import parse_every
 from ._writers import Console, JSONLines, Writer, append_line
 

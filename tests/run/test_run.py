@@ -306,13 +306,13 @@ def test_in_another_thread_signals_are_left_alone(mesh, tmp_path, caplog):
 
 
 def test_a_failed_save_is_raised_at_the_next_step(mesh, tmp_path, monkeypatch):
-    def write(path, arrays, about):
-        def finish(timeout):
+    def write(path, arrays):
+        def finish():
             raise OSError("No space left on device")
 
         return finish
 
-    monkeypatch.setattr(checkpoint._checkpoint._orbax, "write", write)
+    monkeypatch.setattr(checkpoint._orbax, "write", write)
     seen = []
     with pytest.raises(CheckpointError) as caught:
         train(tmp_path, mesh, 6, lambda step, run: seen.append(step), every=2)
