@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from .._errors import CheckpointError
+from . import _sums
 from ._parts import Parts, is_key, plain_json
 
 NAME = "checkpoint.json"
@@ -106,11 +107,25 @@ def read(path: pathlib.Path) -> About:
             "Load it with what wrote it, and save it again."
         )
     fields = {field.name: written.get(field.name) for field in dataclasses.fields(About)}
-    try:
-        fields["leaves"] = {name: _leaf_from_json(leaf) for name, leaf in written["leaves"].items()}
-    except (AttributeError, KeyError, TypeError):
-        raise ValueError(f"{path / NAME} lists no leaves") from None
+    wrong = [name for name, value in fields.items() if not isinstance(value, str if name == "saved" else dict)]
+    if wrong:
+        raise ValueError(f"{', '.join(wrong)}: missing, or not what a checkpoint has there")
+    fields["leaves"] = {name: _leaf_from_json(name, leaf) for name, leaf in fields["leaves"].items()}
     return About(**fields)
+
+
+def checked(path: pathlib.Path) -> About:
+    """As `read`, of a complete checkpoint, once the file has the bytes that were saved.
+
+    Raises:
+        CheckpointError: It has others.
+    """
+    if _sums.of_files(path, [NAME])[NAME] != (_sums.read(path) or {}).get(NAME):
+        raise CheckpointError(
+            f"{path} is damaged.\n{NAME}: other bytes than were saved (SHA-256)\n"
+            "Copy it again from where it is whole, or choose another step."
+        )
+    return read(path)
 
 
 def described(parts: Parts) -> dict[str, Leaf]:
@@ -153,20 +168,18 @@ def _leaf_to_json(leaf: Leaf) -> Any:
     return [list(leaf.shape), leaf.kind, *([list(leaf.stored[0]), leaf.stored[1]] if leaf.stored else [])]
 
 
-def _leaf_from_json(written: Any) -> Leaf:
+def _leaf_from_json(name: str, written: Any) -> Leaf:
+    """A leaf; a checkpoint may come from anybody, so what no array can be is refused here."""
     if isinstance(written, str):
         return Leaf(kind=written)
-    shape, kind, *stored = written
-    leaf = Leaf(kind=kind, shape=tuple(shape), stored=(tuple(stored[0]), stored[1]) if stored else None)
-    _check(leaf)
+    try:
+        shape, kind, *stored = written
+        leaf = Leaf(kind=kind, shape=tuple(shape), stored=(tuple(stored[0]), stored[1]) if stored else None)
+        sizes, dtype = leaf.stored or (leaf.shape or (), leaf.kind)
+        is_array = not jnp.dtype(dtype).hasobject and re.fullmatch("[a-z0-9_]+", dtype)
+        is_array = is_array and all(isinstance(size, int) and size >= 0 for size in (*sizes, *(leaf.shape or ())))
+    except (TypeError, ValueError, IndexError):
+        is_array = False
+    if not is_array:
+        raise ValueError(f"{name}: {written!r} is not the shape and dtype of an array")
     return leaf
-
-
-def _check(leaf: Leaf) -> None:
-    """Raise TypeError for what no array is: a checkpoint may come from anybody."""
-    shape, kind = leaf.stored or (leaf.shape or (), leaf.kind)
-    if not all(isinstance(size, int) and size >= 0 for size in (*shape, *(leaf.shape or ()))):
-        raise TypeError("a shape is of sizes")
-    if not re.fullmatch(r"[a-z0-9_]+", kind):
-        raise TypeError("a dtype is a word")
-    jnp.dtype(kind)

@@ -16,7 +16,7 @@ from . import _about, _sums
 def gaps(path: pathlib.Path) -> list[str]:
     """What is missing, cut, or too much at `path`. Reads two small files and no array."""
     if not path.is_dir() or path.is_symlink():
-        return [f"{path.name}: not a directory"]
+        return ["not a directory of its own (a link?)"]
     if not any(path.iterdir()):
         return ["an empty directory"]
     sums = _sums.read(path)

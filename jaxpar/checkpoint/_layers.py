@@ -30,7 +30,7 @@ def read_stacked(
             if isinstance(stacks[name], np.ndarray):
                 stacks[name][index] = read.pop(layer)
             else:
-                stacks[name] = _put(stacks[name], read.pop(layer), np.int32(index))
+                stacks[name] = _put(asked[name].sharding)(stacks[name], read.pop(layer), np.int32(index))
     return stacks
 
 
@@ -54,11 +54,14 @@ def _empty(asked: Asked) -> Any:
     return jax.jit(ft.partial(jnp.zeros, asked.shape, asked.dtype), out_shardings=asked.sharding)()
 
 
-@ft.partial(jax.jit, donate_argnums=0)
-def _put(stack: jax.Array, layer: jax.Array, index: jax.Array) -> jax.Array:
-    return jax.lax.dynamic_update_index_in_dim(stack, layer, index, 0)
+@ft.lru_cache
+def _put(sharding: Any) -> Any:
+    """Writes one layer of a stack that lies on `sharding`, in place."""
+    put = lambda stack, layer, index: jax.lax.dynamic_update_index_in_dim(stack, layer, index, 0)
+    return jax.jit(put, donate_argnums=0, out_shardings=sharding)
 
 
-@ft.cache
+@ft.lru_cache
 def _cut(sharding: Any) -> Any:
+    """Cuts one layer out of a stack, onto `sharding`."""
     return jax.jit(lambda stack, index: jax.lax.dynamic_index_in_dim(stack, index, 0, False), out_shardings=sharding)

@@ -50,7 +50,9 @@ def matched(
     theirs = {short: saved[name] for short, name in names.items()}
     found, lines = _pair(theirs, here, cast=cast, strict=part is None)
     if lines:
-        way_out = "Build the model, optimiser and containers as they were when it was saved, or choose another directory."
+        way_out = (
+            "Build the model, optimiser and containers as they were when it was saved, or choose another directory."
+        )
         if not cast and not _pair(theirs, here, cast=True, strict=part is None)[1]:
             way_out = "Only floating-point dtypes differ: cast=True rounds what was saved to the dtypes here."
         differ = "1 leaf differs" if len(lines) == 1 else f"{len(lines)} leaves differ"
@@ -102,9 +104,7 @@ def _below(where: str, saved: Mapping[str, Leaf], part: str | None) -> dict[str,
     return names
 
 
-def _pair(
-    saved: Mapping[str, Leaf], here: Mapping[str, Leaf], *, cast: bool, strict: bool
-) -> tuple[Match, list[str]]:
+def _pair(saved: Mapping[str, Leaf], here: Mapping[str, Leaf], *, cast: bool, strict: bool) -> tuple[Match, list[str]]:
     def fits(mine: Leaf, theirs: Leaf) -> bool:
         return mine.kind == theirs.kind or (cast and mine.is_floating and theirs.is_floating)
 
@@ -150,7 +150,9 @@ def _layers(
         if spelling(0) not in others or spelling(stack.shape[0]) in others:
             continue
         names = tuple(map(spelling, range(stack.shape[0])))
-        if all(each in others and others[each].shape == stack.shape[1:] and fits(stack, others[each]) for each in names):
+        if all(
+            each in others and others[each].shape == stack.shape[1:] and fits(stack, others[each]) for each in names
+        ):
             return names
     return None
 

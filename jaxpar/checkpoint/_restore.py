@@ -12,13 +12,11 @@ from typing import Any, TypeVar
 import jax
 
 from .. import _processes
-from .._errors import CheckpointError
-from . import _about, _orbax, _sums
-from ._about import About
+from . import _about, _orbax
 from ._layers import read_sliced, read_stacked
 from ._match import Match, matched
 from ._parts import take_apart
-from ._steps import check, newest, none_valid, nothing, root, steps
+from ._steps import check, complete, newest, none_valid, root
 from ._target import Target, check_placed
 
 T = TypeVar("T")
@@ -116,22 +114,8 @@ def metadata(directory: str | os.PathLike[str], step: int | None = None) -> dict
         >>> jp.checkpoint.metadata(directory)
         {'note': 'before the spike'}
     """
-    return dict(about(root(directory), step).metadata)
-
-
-def about(home: pathlib.Path, step: int | None) -> About:
-    """What is written about a complete checkpoint, the last one if `step` is `None`. Reads no array."""
-    complete = steps(home)
-    wanted = step if step is not None else complete[-1] if complete else None
-    if wanted not in complete:
-        raise nothing(home, step)
-    path = home / str(wanted)
-    if _sums.of_files(path, [_about.NAME]) != {_about.NAME: (_sums.read(path) or {}).get(_about.NAME)}:
-        raise CheckpointError(
-            f"{path} is damaged.\n{_about.NAME}: other bytes than were saved (SHA-256)\n"
-            "Copy it again from where it is whole, or choose another step."
-        )
-    return _about.read(path)
+    home = root(directory)
+    return dict(_about.checked(home / str(complete(home, step))).metadata)
 
 
 def _read(path: pathlib.Path, match: Match, targets: dict[str, Target]) -> dict[str, Any]:

@@ -139,7 +139,7 @@ def check(home: pathlib.Path, step: int) -> None:
     """
     path = home / str(step)
     if step not in numbered(home):
-        raise nothing(home, step)
+        raise _nothing(home, step)
     if (path / _about.NAME).is_file() or not _orbax.is_checkpoint(path):
         lines = damage_for_all(path)
     else:
@@ -155,7 +155,20 @@ def check(home: pathlib.Path, step: int) -> None:
         )
 
 
-def nothing(home: pathlib.Path, step: int | None = None) -> CheckpointError:
+def complete(home: pathlib.Path, step: int | None) -> int:
+    """`step`, or the last complete one if it is `None`.
+
+    Raises:
+        CheckpointError: It is not complete.
+    """
+    there = steps(home)
+    wanted = step if step is not None or not there else there[-1]
+    if wanted is None or wanted not in there:
+        raise _nothing(home, step)
+    return wanted
+
+
+def _nothing(home: pathlib.Path, step: int | None = None) -> CheckpointError:
     """The error of a directory that has no such checkpoint."""
     complete = steps(home)
     incomplete = sorted(set(numbered(home)) - set(complete))
@@ -170,7 +183,7 @@ def nothing(home: pathlib.Path, step: int | None = None) -> CheckpointError:
 def none_valid(home: pathlib.Path, damaged: dict[int, list[str]]) -> CheckpointError:
     """The error of a directory whose steps are all damaged."""
     if not damaged:
-        return nothing(home)
+        return _nothing(home)
     return CheckpointError(
         f"{home} holds no valid checkpoint: {_of_steps(damaged)} damaged.\n{_told(damaged)}\n"
         "Copy one again from where it is whole, or start in another directory."
@@ -227,9 +240,7 @@ def numbered(home: pathlib.Path) -> list[int]:
     return sorted(int(name) for name in names if name.isascii() and name.isdigit() and str(int(name)) == name)
 
 
-def _newest(
-    home: pathlib.Path, candidate: Callable[[], int], look: Callable[[pathlib.Path], list[str]]
-) -> Newest:
+def _newest(home: pathlib.Path, candidate: Callable[[], int], look: Callable[[pathlib.Path], list[str]]) -> Newest:
     damaged: dict[int, list[str]] = {}
     while (step := candidate()) >= 0:
         lines = look(home / str(step))

@@ -16,7 +16,7 @@ MAX_THREADS = 8  # one hashes about 1.5 GB/s; hashlib lets go of the interpreter
 
 
 def write(path: pathlib.Path, sums: Mapping[str, str], *, part: int = 0) -> None:
-    """Write the file into the checkpoint at `path`, down to the disk; or the part of a process that is not the first."""
+    """Write the file into the checkpoint at `path`, down to the disk; or `part`, the share of that process."""
     with (path / _name(part)).open("w", encoding="utf-8") as file:
         file.writelines(_line(name, sums[name]) for name in sorted(sums))
         file.flush()
