@@ -88,7 +88,8 @@ class About:
         """Write the file into `path`."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         fields["leaves"] = {name: _leaf_to_json(leaf) for name, leaf in self.leaves.items()}
-        (path / NAME).write_text(json.dumps({"jaxpar": FORMAT, **fields}, indent=1) + "\n", encoding="utf-8")
+        lines = [f"{json.dumps(name)}: {json.dumps(value)}" for name, value in {"jaxpar": FORMAT, **fields}.items()]
+        (path / NAME).write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
 
 
 def read(path: pathlib.Path) -> About:

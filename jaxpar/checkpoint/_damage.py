@@ -4,13 +4,17 @@ Orbax does not notice a flipped bit in an array, and takes any directory with a 
 it has no gaps, and is read only if it has no damage. Both are lists of lines, one a file, and empty if all is well.
 """
 
+import logging
 import os
 import pathlib
 
 import jax
 
 from .. import _processes
+from .._errors import listed
 from . import _about, _sums
+
+_log = logging.getLogger("jaxpar")
 
 
 def gaps(path: pathlib.Path) -> list[str]:
@@ -62,9 +66,13 @@ def damage_for_all(path: pathlib.Path) -> list[str]:
 
     One that is told of damage which another has seen says so.
     """
-    lines = damage(path, None if jax.process_count() == 1 else _share(path))
+    if jax.process_count() == 1:
+        return damage(path)
+    lines = damage(path, _share(path))
+    if lines and not _processes.is_first():  # which tells what it has seen itself
+        _log.warning("%s, as process %d sees it:\n%s", path, jax.process_index(), listed(lines))
     if _processes.greatest(len(lines)) and not lines:
-        return ["seen by another process: its log names the files"]
+        return ["damage that another process saw; its log names the files"]
     return lines
 
 

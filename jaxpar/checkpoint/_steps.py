@@ -101,7 +101,10 @@ def prune(directory: str | os.PathLike[str], keep: int | Keep) -> list[int]:
         >>> jp.checkpoint.prune("runs/nothing_here_yet", keep=3)
         []
     """
-    keep = keep if isinstance(keep, Keep) else Keep(last=keep)
+    if isinstance(keep, int):
+        if keep < 1:
+            raise CheckpointError(f"keep={keep} would delete every checkpoint. Keep 1 or more.")
+        keep = Keep(last=keep)
     if jax.process_index() != 0:
         return []
     home = root(directory)
