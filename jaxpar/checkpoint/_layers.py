@@ -19,7 +19,7 @@ from ._target import Asked, layer_of, stack_of
 
 
 def read_stacked(
-    path: pathlib.Path, stacked: Mapping[str, tuple[str, ...]], asked: Mapping[str, Asked]
+    path: pathlib.Path, stacked: Mapping[str, tuple[str, ...]], asked: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Stacks by their names here, from the layers of the checkpoint at `path`."""
     stacks = {name: _empty(asked[name]) for name in stacked}
@@ -35,7 +35,7 @@ def read_stacked(
 
 
 def read_sliced(
-    path: pathlib.Path, sliced: Mapping[str, tuple[str, ...]], asked: Mapping[str, Asked]
+    path: pathlib.Path, sliced: Mapping[str, tuple[str, ...]], asked: Mapping[str, Any]
 ) -> Iterator[tuple[str, Any]]:
     """Layers by their names here, from the stacks of the checkpoint at `path`."""
     for stack, layers in sliced.items():

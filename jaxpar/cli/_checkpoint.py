@@ -9,7 +9,7 @@ from tyro.conf import Positional, arg, subcommand
 from .. import checkpoint
 from .._errors import CheckpointError
 from .._plan_text import bytes_text
-from ..checkpoint import _about
+from ..checkpoint import _about, _sums
 from ..checkpoint._damage import gaps
 from ..checkpoint._steps import complete, numbered
 from ..explain._units import columns
@@ -172,7 +172,7 @@ def place(said: pathlib.Path, step: int | None) -> tuple[pathlib.Path, int | Non
     if not said.is_dir():
         raise CheckpointError(f"{said} is not a directory. Give one of checkpoints, of a run, or one checkpoint.")
     path = said.absolute()
-    if (path / _about.NAME).is_file() and path.name.isdigit():
+    if path.name.isdigit() and any((path / name).is_file() for name in (_about.NAME, _sums.NAME)):
         if step not in (None, int(path.name)):
             raise CheckpointError(f"{said} is one step, and --step {step} another. Leave one of them out.")
         return path.parent, int(path.name)

@@ -93,7 +93,7 @@ def test_scanned_and_single_layers(one, other, mesh, tmp_path):
     assert_same(found, saved)
     assert {path: leaf.sharding for path, leaf in _tree.leaves(found).items()} == before
     x = jnp.ones((2, 4))
-    np.testing.assert_allclose(found[0](x), saved[0](x), rtol=1e-6)
+    np.testing.assert_allclose(found[0](x), saved[0](x), rtol=1e-5, atol=1e-6)
 
 
 def test_a_layer_at_a_time(mesh, tmp_path, monkeypatch):

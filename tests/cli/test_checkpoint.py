@@ -69,7 +69,8 @@ def test_verify(saved, tmp_path, capsys):
     assert text.startswith(f"{tmp_path}: step 2 is damaged.\n2: {file.relative_to(tmp_path / '2')}: ")
     assert err(capsys, "convert", tmp_path, "-o", tmp_path / "new", "--dtype", "bfloat16").startswith("jaxpar: ")
     assert "is not a directory" in err(capsys, "verify", tmp_path / "none")
-    assert "holds no checkpoint" in err(capsys, "verify", tmp_path / "2")
+    assert "holds no checkpoint" in err(capsys, "verify", tmp_path / "2" / "state")
+    assert "is one step, and --step 1 another" in err(capsys, "verify", tmp_path / "2", "--step", "1")
 
 
 def test_convert_and_diff(saved, tmp_path, capsys):
