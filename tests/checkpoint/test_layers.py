@@ -55,10 +55,14 @@ def make(kind, seed, mesh):
     """A model and its optimiser: matrices split over both axes, the rest whole; counters placed nowhere."""
     model = kind(seed)
     opt = nnx.Optimizer(model, optax.adam(1e-3), wrt=nnx.Param)
-    specs = {2: P("fsdp", "tensor"), 3: P(None, "fsdp", "tensor")}
+    matrix = P("fsdp", "tensor")
     for tree in (model, opt):
-        place = lambda x: jax.device_put(x, NamedSharding(mesh, specs.get(x.ndim, P()))) if x.ndim else x
-        _tree.replace(tree, {path: place(leaf) for path, leaf in _tree.leaves(tree).items()})
+        leaves = _tree.leaves(tree)
+        specs = {path: matrix if leaf.ndim == 2 else P() for path, leaf in leaves.items() if leaf.ndim}
+        specs |= {
+            path: P(None, *matrix) if leaf.ndim == 3 else P() for path, leaf in leaves.items() if ".each." in path
+        }
+        _tree.replace(tree, {path: jax.device_put(leaves[path], NamedSharding(mesh, specs[path])) for path in specs})
     grads = jax.tree.map(lambda x: x * 0.1, nnx.state(model, nnx.Param))
     opt.update(model, grads)  # moments that differ between layers
     return model, opt
