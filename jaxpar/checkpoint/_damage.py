@@ -29,7 +29,7 @@ def gaps(path: pathlib.Path) -> list[str]:
         return [f"{_sums.NAME}: {'not a list of SHA-256 sums' if there else 'missing'}"]
     sizes, odd = _sums.files(path)
     lines = [f"{name}: neither a file nor a directory (a link?)" for name in odd]
-    lines += [f"{name}: missing" for name in sums if name not in sizes]
+    lines += [f"{name}: missing" for name in sums if name not in sizes and name not in odd]
     lines += [f"{name}: was not saved with it" for name in sizes if name not in sums]
     try:
         expected = _about.read(path).files

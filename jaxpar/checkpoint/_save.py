@@ -10,8 +10,10 @@ hashed, flushed to the disk, and appears by one rename:
     100/                            one rename; a process killed at any instant leaves either all of it or nothing
 """
 
+import concurrent.futures.thread  # noqa: F401  # its hook at exit must be registered before ours
 import dataclasses
 import datetime as dt
+import logging
 import os
 import pathlib
 import shutil
@@ -44,8 +46,8 @@ class Saving:
         self.path = path
         self._finish = finish
         self._error: BaseException | None = None
-        # Not a daemon: a script that ends without waiting still gets its checkpoint.
         self._thread = threading.Thread(target=self._work, name=f"save {path}")
+        _under_way.add(self)
         self._thread.start()
 
     @property
@@ -60,6 +62,7 @@ class Saving:
             CheckpointError: It could not be written.
         """
         self._thread.join()
+        _under_way.discard(self)
         if self._error is not None:
             raise CheckpointError(
                 f"Step {self.step} could not be saved at {self.path}: {self._error}\nEarlier steps are as they were."
@@ -70,6 +73,26 @@ class Saving:
             self._finish()
         except Exception as error:  # whatever it is, `wait` raises it where somebody listens
             self._error = error
+        else:
+            _under_way.discard(self)
+
+
+_log = logging.getLogger("jaxpar")
+_under_way: set[Saving] = set()
+
+
+def _finish_all() -> None:
+    for each in list(_under_way):
+        try:
+            each.wait()
+        except CheckpointError as error:  # nobody else will hear of it
+            _log.error("%s", error)
+
+
+# A script may end without waiting. Once the main thread has ended, no executor starts anything, and Orbax, which uses
+# them in the background, loses the save and holds up the exit for five minutes (seen with 0.12.8). `atexit` comes too
+# late for that; the hook of `concurrent.futures` itself is private. Hooks run in reverse, so ours comes before it.
+threading._register_atexit(_finish_all)  # noqa: SLF001  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def save(

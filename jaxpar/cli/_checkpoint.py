@@ -150,13 +150,14 @@ class Diff:
 class Checkpoint:
     """List, show, verify, convert and compare checkpoints."""
 
-    action: (
-        Annotated[Ls, subcommand("ls", prefix_name=False)]
-        | Annotated[Show, subcommand("show", prefix_name=False)]
-        | Annotated[Verify, subcommand("verify", prefix_name=False)]
-        | Annotated[Convert, subcommand("convert", prefix_name=False)]
-        | Annotated[Diff, subcommand("diff", prefix_name=False)]
-    )
+    action: Annotated[
+        Annotated[Ls, subcommand("ls")]
+        | Annotated[Show, subcommand("show")]
+        | Annotated[Verify, subcommand("verify")]
+        | Annotated[Convert, subcommand("convert")]
+        | Annotated[Diff, subcommand("diff")],
+        arg(name=""),  # options are called `--step`, not `--action.step`
+    ]
 
     def run(self) -> int:
         """Do what was asked."""

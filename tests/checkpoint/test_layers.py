@@ -139,7 +139,7 @@ def test_fsdp_stacks_what_data_parallel_does_not(tmp_path):
     """The same model under two strategies."""
     single = jp.plan(lambda: Single(0), jp.mesh(data=8), [jp.DP()]).init()
     checkpoint.save(tmp_path, 1, single)
-    stacked = jp.plan(lambda: Single(1), jp.mesh(fsdp=8), [jp.FSDP(blocks="blocks.*")]).init()
+    stacked = jp.plan(lambda: Single(1), jp.mesh(fsdp=8), [jp.FSDP(blocks="blocks.*", min_bytes=256)]).init()
     checkpoint.restore(tmp_path, stacked)
     assert_same(stacked, single)
 
@@ -208,7 +208,7 @@ def test_another_dtype(mesh, tmp_path):
     assert (found["w"].dtype, found["w"].sharding) == (jnp.bfloat16, sharding)
     np.testing.assert_array_equal(np.asarray(found["w"]), np.asarray(values.astype(jnp.bfloat16)))
     layers = [jax.ShapeDtypeStruct((8,), jnp.bfloat16, sharding=NamedSharding(mesh, P()))] * 8
-    cut = checkpoint.restore(tmp_path, {"w": layers, "n": np.arange(3)}, cast=True)["w"]
+    cut = checkpoint.restore(tmp_path, {"w": layers, "n": jnp.arange(3)}, cast=True)["w"]
     np.testing.assert_array_equal(np.stack(cut), np.asarray(values.astype(jnp.bfloat16)))
     with pytest.raises(CheckpointError, match=r"n: \(3,\) int32 in the checkpoint, \(3,\) float32 here"):
         checkpoint.restore(tmp_path, {**like, "n": jnp.ones(3)}, cast=True)

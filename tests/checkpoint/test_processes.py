@@ -26,7 +26,7 @@ PEER = """
     for step in (1, 2):
         checkpoint.save(home, step, {"w": rows(step)}, metadata={"step": step})
     if index == 0:  # before it says which step to look at; the file is one that the other process wrote
-        file = max((home / "2" / "state" / "ocdbt.process_1").rglob("*"), key=lambda path: path.stat().st_size)
+        file = max((home / "2" / "state" / "ocdbt.process_1").glob("d/*"), key=lambda path: path.stat().st_size)
         data = bytearray(file.read_bytes())
         data[len(data) // 2] ^= 1
         file.write_bytes(data)
