@@ -111,7 +111,7 @@ def test_convert_and_diff(saved, tmp_path, capsys):
         (["--cut", "block"], "there is no stack 'block'"),
         (["--join", "layers"], "there are no layers layers.0, layers.1, ... to join."),
         (["--dtype", "int8"], "dtype='int8': give float32, bfloat16, float16 or float64."),
-        (["--step", "9"], "holds no complete checkpoint of step 9."),
+        (["--step", "9", "--part", "0"], "holds no complete checkpoint of step 9."),
     ],
 )
 def test_conversions_that_are_refused(words, expected, saved, tmp_path, capsys):
