@@ -1,10 +1,8 @@
-"""Sharded, asynchronous checkpoints of any tree, on Orbax: `save`, `restore`, and what a directory holds."""
+"""Sharded, asynchronous, checked checkpoints of any tree, on Orbax: `save`, `restore`, and what a directory holds."""
 
-from ._checkpoint import (
-    Saving as Saving,
-    metadata as metadata,
-    restore as restore,
-    save as save,
-    save_async as save_async,
-)
-from ._steps import latest as latest, prune as prune, steps as steps
+from ._convert import convert as convert
+from ._diff import Difference as Difference, diff as diff
+from ._keep import Keep as Keep
+from ._restore import metadata as metadata, restore as restore
+from ._save import Saving as Saving, save as save, save_async as save_async
+from ._steps import latest as latest, prune as prune, steps as steps, verify as verify

@@ -1,55 +1,87 @@
 """Everything that jaxpar asks of Orbax, and every file name of Orbax's that it knows.
 
 Orbax's v1 interface is experimental and renames functions between minor series; only this module follows.
-Orbax 0.12 writes outside of its root for some names, merges `{"a.b"}` with `{"a": {"b"}}`, and holds up the exit of the
-process for five minutes after a save that it refused (an empty array, a relative path). So what it is given here is
-always one flat dict, checked before, under one fixed name.
+Orbax 0.12 writes outside of its root for some names, merges `{"a.b"}` with `{"a": {"b"}}`, holds up the exit of the
+process for five minutes after a save that it refused (an empty array, a relative path), and restores wrong numbers
+after a flipped bit. So what it is given here is always one flat dict, checked before, under one fixed name, in a
+directory that is not the checkpoint yet; what it wrote is hashed before it becomes one, and again before it is read.
 """
 
-import json
+import itertools
 import pathlib
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 
+BARRIER_SECONDS = 1200  # as long as Orbax itself waits for a write; the slowest process may hash for a while
+_barriers = itertools.count()
 
-def write(path: pathlib.Path, arrays: Mapping[str, Any], about: Mapping[str, Any]) -> Callable[[float | None], None]:
-    """Start to write `arrays` and the JSON object `about` to `path`, which does not exist.
 
-    Returns once every array has been copied to host memory: it may be donated or changed then. What it returns waits,
-    at most the seconds given (then `TimeoutError`), until the checkpoint is complete, and raises what went wrong.
+def write(path: pathlib.Path, arrays: Mapping[str, Any]) -> Callable[[], None]:
+    """Start to write `arrays` to `path`, which does not exist.
+
+    Returns once every array has been copied to host memory: it may be donated or changed then. What it returns waits
+    until `path` is there, and raises what went wrong.
     """
     from orbax.checkpoint import v1 as ocp
 
-    return ocp.save_async(str(path), dict(arrays), custom_metadata=dict(about)).result
+    return ocp.save_async(str(path), dict(arrays)).result
+
+
+def append(path: pathlib.Path, arrays: Mapping[str, Any]) -> None:
+    """Write some more arrays of what `finish` will make appear at `path`. By one process alone."""
+    from orbax.checkpoint import v1 as ocp
+
+    ocp.partial.save(str(path), dict(arrays))
+
+
+def finish(path: pathlib.Path) -> None:
+    """Make what was appended appear at `path`."""
+    from orbax.checkpoint import v1 as ocp
+
+    ocp.partial.finalize(str(path))
 
 
 def read(path: pathlib.Path, targets: Mapping[str, jax.ShapeDtypeStruct | np.ndarray]) -> dict[str, Any]:
-    """Read the arrays of `path`, each onto the sharding of its target, or into host memory if that is a NumPy array."""
+    """Read arrays of `path`, each onto the sharding of its target, or into host memory if that is a NumPy array.
+
+    A process reads what its own devices hold; what is not asked for is not read. A dtype may be another one.
+    """
     from orbax.checkpoint import v1 as ocp
 
-    return ocp.load(str(path), dict(targets))
+    if not targets:
+        return {}
+    context = ocp.Context()
+    context.pytree.loading.partial_load = True
+    with context:
+        return ocp.load(str(path), dict(targets))
 
 
-def about(path: pathlib.Path) -> dict[str, Any] | None:
-    """The JSON object that was written with a checkpoint; `None` if `path` is not a complete one.
+def barriers() -> Callable[[str], None]:
+    """A function that waits until every process has called it with the same words. Made once a save, by all of them.
 
-    A checkpoint becomes visible by one rename, so what is incomplete here was copied or deleted in part.
+    It asks the coordination service, not the devices, so that a background thread may wait while a step runs.
     """
-    if not all((path / name).is_file() for name in ("_CHECKPOINT_METADATA", "state/_METADATA", "state/manifest.ocdbt")):
-        return None
-    try:
-        written = json.loads((path / "_CHECKPOINT_METADATA").read_text())
-    except (OSError, ValueError):
-        return None
-    if not isinstance(written, dict) or not written.get("commit_timestamp_nsecs"):
-        return None
-    custom = written.get("custom_metadata")
-    return custom if isinstance(custom, dict) else {}
+    from orbax.checkpoint import multihost
+
+    number, wait = next(_barriers), multihost.get_barrier_sync_fn()
+    return lambda words: wait(key=f"jaxpar.checkpoint.{number}.{words}", timeout_ms=BARRIER_SECONDS * 1000)
+
+
+def writer(name: str) -> int:
+    """The process that wrote the file called `name`, below the path of a checkpoint."""
+    found = re.match(r"state/(?:ocdbt\.process_|array_metadatas/process_)(\d+)(?:/|$)", name)
+    return int(found[1]) if found else 0
+
+
+def is_checkpoint(path: pathlib.Path) -> bool:
+    """Whether Orbax wrote `path`, for whomever."""
+    return (path / "_CHECKPOINT_METADATA").is_file()
 
 
 def is_unfinished(name: str) -> bool:
-    """Whether a directory called `name` is what a save leaves behind when its process is killed."""
-    return ".orbax-checkpoint-tmp" in name
+    """Whether a directory called `name` is what Orbax leaves behind when its process is killed."""
+    return ".orbax-checkpoint-tmp" in name or ".partial_save" in name

@@ -8,6 +8,7 @@ from tyro.conf import Positional, arg, subcommand
 
 from .._verify import verify
 from . import _compare, _doctor, _explain, _load, _train
+from ._checkpoint import Checkpoint
 
 RECIPE = (
     "MODULE:NAME of a jp.Recipe, or of a function that returns one, in your own code: `models.gpt:demo`. The working "
@@ -189,5 +190,6 @@ Command = (
     | Annotated[Explain, subcommand("explain")]
     | Annotated[Export, subcommand("export")]
     | Annotated[Compare, subcommand("compare")]
+    | Annotated[Checkpoint, subcommand("checkpoint")]
     | Annotated[Doctor, subcommand("doctor")]
 )

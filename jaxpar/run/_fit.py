@@ -1,8 +1,11 @@
 """The loop, written: a few lines over `Run`."""
 
 import dataclasses
+import inspect
+import json
 import os
 import pathlib
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
@@ -11,6 +14,7 @@ import numpy as np
 
 from .._errors import CheckpointError, DataError
 from .._types import PyTree
+from ..checkpoint import Keep
 from ._every import parse_every
 from ._progress import Pace, progress
 from ._run import EXIT_CODES, Run
@@ -74,7 +78,7 @@ def fit(
     steps: int,
     directory: str | os.PathLike[str],
     every: int | str | None = "10min",
-    keep: int | None = 3,
+    keep: int | Keep | None = 3,
     eval_data: Iterable[Any] | Callable[[], Iterable[Any]] | None = None,
     eval_every: int | str | None = None,
     resume: bool = False,
@@ -94,7 +98,7 @@ def fit(
         steps: Of the whole run, those before a restart included.
         directory: Where the run lives; see `Run`.
         every: When to save, besides the end: steps or a time, as for `Run`.
-        keep: The last checkpoints that are kept; `None` keeps all.
+        keep: How many of the last checkpoints are kept, or a `jp.checkpoint.Keep`; `None` keeps all.
         eval_data: Batches to evaluate on, all of them each time; or a function that returns them.
         eval_every: Steps between evaluations; only at the end if `None`.
         resume: Go on with the run in `directory`, if there is one. Without it, a directory with one is refused.
@@ -132,7 +136,9 @@ def fit(
     if eval_every is not None and eval_data is None:
         raise DataError(f"eval_every={eval_every!r} has no effect without eval_data. Give both, or neither.")
     pace = Pace(steps)
-    run = Run(directory, every=every, keep=keep, writers=(progress(pace), *writers), name=name)
+    run = Run(
+        directory, every=every, keep=keep, writers=(progress(pace), *writers), name=name, metadata=_described(program)
+    )
     if run.latest is not None and not resume:
         raise CheckpointError(
             f"{run.directory} holds a run, saved up to step {run.latest}. Go on with it by resume=True (--resume on "
@@ -152,6 +158,25 @@ def fit(
     finally:
         getattr(batches, "close", lambda: None)()
     return Fitted(state=state, steps=run.step, metrics=run.metrics, directory=run.directory, stopped_by=run.stopped_by)
+
+
+def _described(program: Program) -> dict[str, Any]:
+    """What a checkpoint keeps of the program: its plan and recipe, to be read by people. A restore needs neither."""
+    found: dict[str, Any] = {}
+    if hasattr(program.plan, "to_json"):
+        found["plan"] = json.loads(program.plan.to_json())
+    recipe = getattr(program, "recipe", None)
+    if dataclasses.is_dataclass(recipe):
+        fields = {field.name: getattr(recipe, field.name) for field in dataclasses.fields(recipe)}
+        fields["batch"] = jax.tree.map(np.shape, fields.get("batch"))
+        found["recipe"] = {name: _shown(value) for name, value in fields.items() if value is not None}
+    return found
+
+
+def _shown(value: Any) -> str:
+    if inspect.isfunction(value) or inspect.isclass(value):
+        return f"{value.__module__}:{value.__qualname__}"
+    return re.sub(r" at 0x[0-9a-f]+", "", repr(value))  # an address says nothing after the run
 
 
 def evaluate(program: Program, state: PyTree, data: Iterable[Any] | Callable[[], Iterable[Any]]) -> float:

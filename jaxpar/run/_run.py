@@ -24,13 +24,15 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 
-from .. import checkpoint
+from .. import _processes, checkpoint
 from .._errors import CheckpointError, StepError, listed
 from .._types import PyTree
-from ..checkpoint._checkpoint import versions
-from ..checkpoint._parts import take_apart
-from ..checkpoint._steps import root, tidy
-from . import _processes, _signals
+from ..checkpoint import Keep
+from ..checkpoint._about import versions
+from ..checkpoint._parts import plain_json, take_apart
+from ..checkpoint._restore import restore_valid
+from ..checkpoint._steps import newest, none_valid, root, set_aside, tidy
+from . import _signals
 from ._every import parse_every
 from ._writers import Console, JSONLines, Writer, append_line
 
@@ -54,9 +56,11 @@ class Run:
     Args:
         directory: Where the run lives, on a file system that every process sees. Made when needed.
         every: When to save besides the end: a number of steps (`100`, `"100steps"`) or a time (`"10min"`, `"2h"`).
-        keep: The last checkpoints that are kept; `None` keeps all.
+        keep: How many of the last checkpoints are kept, or a `jp.checkpoint.Keep`: also one every so many steps, and
+            the best by a metric that the saved step logged. `None` keeps all.
         writers: Where metrics go besides `metrics.jsonl`; a line on the terminal now and then if `None`.
         name: What this run is, kept in `run.json`. A directory of a run with another name is refused.
+        metadata: A JSON object to keep with every checkpoint: settings, a plan.
 
     Attributes:
         directory: The absolute path.
@@ -84,11 +88,12 @@ class Run:
         directory: str | os.PathLike[str],
         *,
         every: int | str | None = None,
-        keep: int | None = 3,
+        keep: int | Keep | None = 3,
         writers: Sequence[Writer] | None = None,
         name: str | None = None,
+        metadata: Mapping[str, Any] | None = None,
     ) -> None:
-        if keep is not None and keep < 1:
+        if isinstance(keep, int) and keep < 1:
             raise CheckpointError(f"keep={keep} would delete every checkpoint. Keep 1 or more, or None for all.")
         self.directory = root(directory)
         self.step = 0
@@ -97,6 +102,7 @@ class Run:
         self._every = parse_every(every)
         self._keep = keep
         self._name = name
+        self._metadata = {"run": name, **plain_json(dict(metadata or {}), "metadata")}
         shown = (Console(),) if writers is None else tuple(writers)
         self._writers = (JSONLines(self.directory / "metrics.jsonl"), *shown)
         self._state: PyTree = None
@@ -113,8 +119,8 @@ class Run:
 
     @property
     def latest(self) -> int | None:
-        """The last step that can be restored, or `None`."""
-        return checkpoint.latest(self._checkpoints)
+        """The last step that is saved, or `None`. Its files are there with their sizes; `restore` reads them."""
+        return max(checkpoint.steps(self._checkpoints), default=None)
 
     @property
     def exit_code(self) -> int:
@@ -137,16 +143,11 @@ class Run:
                 something that cannot be saved.
         """
         self._claim()
-        if _processes.is_first():
-            for step in tidy(self._checkpoints):
-                self._event("set_aside", step=step)
-                _processes.say(logging.WARNING, "%s: step %d is incomplete and was set aside.", self._checkpoints, step)
         self._loose = sorted(take_apart(state).loose)
-        latest = self.latest
-        latest = _processes.of_first(-1 if latest is None else latest)
-        self._event("start", step=max(latest, 0), host=socket.gethostname(), pid=os.getpid(), versions=versions())
-        if latest >= 0:
-            state = checkpoint.restore(self._checkpoints, state, latest, donate=donate)
+        latest = self._newest()
+        self._event("start", step=latest or 0, host=socket.gethostname(), pid=os.getpid(), versions=versions())
+        if latest is not None:
+            state = restore_valid(self._checkpoints / str(latest), state, donate=donate)
             self.step = latest
             self._event("restore", step=latest)
             _processes.say(logging.INFO, "%s: going on after step %d.", self.directory, latest)
@@ -215,6 +216,20 @@ class Run:
     def _checkpoints(self) -> pathlib.Path:
         return self.directory / "checkpoints"
 
+    def _newest(self) -> int | None:
+        """The newest valid step; what is damaged after it is set aside, so that its number is free again."""
+        if _processes.is_first():
+            for step in tidy(self._checkpoints):
+                self._event("set_aside", step=step, why="incomplete")
+                _processes.say(logging.WARNING, "%s: step %d is incomplete and was set aside.", self._checkpoints, step)
+        found = newest(self._checkpoints)
+        if found.damaged and found.step is None:
+            raise none_valid(self._checkpoints, found.damaged)
+        for step, lines in found.damaged.items() if _processes.is_first() else ():
+            set_aside(self._checkpoints, step, "damaged")
+            self._event("set_aside", step=step, why=lines[0])
+        return found.step
+
     def _steps(self, total: int) -> Iterator[int]:
         with _signals.caught() as request:
             self._in_loop = True
@@ -262,7 +277,10 @@ class Run:
                 f"No array of the state has changed up to step {self.step}: a checkpoint would hold an old state. "
                 "If the step makes new objects, hand them over: run.update(state)."
             )
-        self._saving = checkpoint.save_async(self._checkpoints, self.step, self._state, metadata={"run": self._name})
+        # Metrics of this step are fetched now: the copy of the state waits for the step anyway.
+        self._saving = checkpoint.save_async(
+            self._checkpoints, self.step, self._state, metrics=self._flush(), metadata=self._metadata
+        )
         self._saved_at = time.monotonic()
         self._seen = _weak(arrays)
 
@@ -298,15 +316,17 @@ class Run:
             self._behind = self.step, dict(self._now)
             self._now.clear()
 
-    def _flush(self) -> None:
+    def _flush(self) -> dict[str, float]:
+        """Write the metrics that are held back, and return them."""
         if self._behind is None:
-            return
+            return {}
         step, metrics = self._behind
         self._behind = None
         values = {name: float(np.asarray(value)) for name, value in metrics.items()}
         self.metrics.update(values)
         for writer in self._writers if _processes.is_first() else ():
             writer.write(step, values)
+        return values
 
     def _claim(self) -> None:
         """Refuse a directory that is somebody else's; otherwise make it this run's."""

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Iterator
 from types import FrameType
 
-from . import _processes
+from .. import _processes
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 

@@ -179,12 +179,12 @@ def test_reads_shards_only(mesh, tmp_path, monkeypatch):
     checkpoint.save(tmp_path, 1, saved)
     asked = {}
 
-    def read(path, targets, real=checkpoint._checkpoint._orbax.read):
+    def read(path, targets, real=checkpoint._orbax.read):
         asked.update(targets)
         assert all(isinstance(x, jax.ShapeDtypeStruct) for x in _tree.leaves(like).values())  # let go of
         return real(path, targets)
 
-    monkeypatch.setattr(checkpoint._checkpoint._orbax, "read", read)
+    monkeypatch.setattr(checkpoint._orbax, "read", read)
     like = sharded_model(mesh, 1, P("fsdp"))
     checkpoint.restore(tmp_path, like)
     assert {path for path, target in asked.items() if isinstance(target, np.ndarray)} == {
@@ -199,11 +199,11 @@ def test_donated_arrays_are_gone_before_reading(mesh, tmp_path, monkeypatch):
     like = jax.tree.map(jnp.zeros_like, {**tree, "key": jax.random.key(4)}) | {"n": 0}
     model, _ = sharded_model(mesh, 1, P("fsdp"))
 
-    def read(path, targets, real=checkpoint._checkpoint._orbax.read):
+    def read(path, targets, real=checkpoint._orbax.read):
         assert like["w"].is_deleted()
         return real(path, targets)
 
-    monkeypatch.setattr(checkpoint._checkpoint._orbax, "read", read)
+    monkeypatch.setattr(checkpoint._orbax, "read", read)
     found = checkpoint.restore(tmp_path, (like, model), donate=True)
     assert_same_bits(found[0], tree)
     assert found[0]["n"] == 1
@@ -247,7 +247,7 @@ def test_metadata(tmp_path):
 
 def test_another_model_is_refused_before_reading(tmp_path, monkeypatch):
     checkpoint.save(tmp_path, 3, {"up": jnp.ones((8, 16)), "old": jnp.ones(4), "n": 1, "same": jnp.ones(2)})
-    monkeypatch.setattr(checkpoint._checkpoint._orbax, "read", lambda *_: pytest.fail("read"))
+    monkeypatch.setattr(checkpoint._orbax, "read", lambda *_: pytest.fail("read"))
     like = {"up": jnp.ones((8, 32)), "new": jnp.ones(4, jnp.bfloat16), "n": 1.0, "same": jnp.ones(2), "data": Loader()}
     assert message(checkpoint.restore, tmp_path, like) == textwrap.dedent(f"""\
         {tmp_path}/3 is a checkpoint of another program: 5 leaves differ (4 in the checkpoint, 5 here).
@@ -290,7 +290,11 @@ def test_only_complete_checkpoints_count(tmp_path):
     assert checkpoint.steps(tmp_path) == [9, 10]
     assert checkpoint.latest(tmp_path) == 10
     assert message(checkpoint.restore, tmp_path, {"w": jnp.ones(3)}, step=50) == (
-        f"{tmp_path} holds no complete checkpoint of step 50. Complete: 9, 10. "
+        f"{tmp_path}/50 is damaged.\nan empty directory\nComplete: 9, 10. Copy it again from where it is whole, or "
+        "restore without a step, which takes the newest that is valid."
+    )
+    assert message(checkpoint.restore, tmp_path, {"w": jnp.ones(3)}, step=12) == (
+        f"{tmp_path} holds no complete checkpoint of step 12. Complete: 9, 10. "
         "Incomplete, copied or deleted in part: 11, 50. Choose a complete step."
     )
     assert message(checkpoint.restore, tmp_path / "none", {"w": jnp.ones(3)}) == (
@@ -372,7 +376,12 @@ def test_checkpoints_of_others_are_refused(tmp_path):
 
     ocp.save(str(tmp_path / "1"), {"w": jnp.ones(3)})
     text = message(checkpoint.restore, tmp_path, {"w": jnp.ones(3)})
-    assert "was not written by this version of jaxpar.checkpoint (format None, this one reads 1)" in text
+    assert text == (
+        f"{tmp_path} holds no valid checkpoint: step 1 is damaged.\n1: SHA256SUMS: missing\n"
+        "Copy one again from where it is whole, or start in another directory."
+    )
+    text = message(checkpoint.restore, tmp_path, {"w": jnp.ones(3)}, 1)
+    assert "was not written by this version of jaxpar.checkpoint: it has no checkpoint.json." in text
 
 
 def test_no_pickles(mesh, tmp_path):

@@ -306,16 +306,22 @@ def test_in_another_thread_signals_are_left_alone(mesh, tmp_path, caplog):
 
 
 def test_a_failed_save_is_raised_at_the_next_step(mesh, tmp_path, monkeypatch):
-    def write(path, arrays, about):
-        def finish(timeout):
+    def write(path, arrays):
+        def finish():
             raise OSError("No space left on device")
 
         return finish
 
-    monkeypatch.setattr(checkpoint._checkpoint._orbax, "write", write)
+    monkeypatch.setattr(checkpoint._orbax, "write", write)
     seen = []
+
+    def body(step, run):
+        seen.append(step)
+        if run._saving:
+            run._saving._thread.join()  # it has failed by the end of this step
+
     with pytest.raises(CheckpointError) as caught:
-        train(tmp_path, mesh, 6, lambda step, run: seen.append(step), every=2)
+        train(tmp_path, mesh, 6, body, every=2)
     assert str(caught.value).startswith(
         f"Step 2 could not be saved at {tmp_path}/checkpoints/2: No space left on device"
     )
@@ -331,6 +337,45 @@ def test_incomplete_steps_are_set_aside(mesh, tmp_path, caplog):
     assert "step 3 is incomplete and was set aside." in caplog.text
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["2", "3", "3.incomplete"]
     assert ("set_aside", 3) in events(tmp_path)
+
+
+def flip_a_bit(step):
+    file = max((path for path in step.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+
+
+def test_a_damaged_step_is_set_aside_and_done_again(mesh, tmp_path, caplog):
+    train(tmp_path / "b", mesh, 4, every=2)
+    flip_a_bit(tmp_path / "b" / "checkpoints" / "4")
+    _, steps, resumed = train(tmp_path / "b", mesh, 6, every=2)
+    assert steps == [3, 4, 5, 6]
+    assert resumed == train(tmp_path / "a", mesh, 6)[2]
+    assert "step 4 is DAMAGED, so the latest valid step is 2." in caplog.text
+    assert sorted(path.name for path in (tmp_path / "b" / "checkpoints").iterdir()) == ["2", "4", "4.damaged", "6"]
+    (why,) = [line["why"] for line in lines(tmp_path / "b" / "events.jsonl") if line["event"] == "set_aside"]
+    assert why.endswith(": other bytes than were saved (SHA-256)")
+
+
+def test_a_run_whose_steps_are_all_damaged_does_not_start_anew(mesh, tmp_path):
+    train(tmp_path, mesh, 2)
+    flip_a_bit(tmp_path / "checkpoints" / "2")
+    with pytest.raises(CheckpointError, match=r"checkpoints holds no valid checkpoint: step 2 is damaged\."):
+        train(tmp_path, mesh, 4)
+
+
+def test_the_best_are_kept_by_what_their_own_step_logged(tmp_path):
+    model = nnx.Linear(2, 2, rngs=nnx.Rngs(0))
+    keep = checkpoint.Keep(last=1, best=2, metric="eval/loss")
+    run = Run(tmp_path, every=1, keep=keep, writers=(), metadata={"note": "best"})
+    run.restore(model)
+    for step in run.steps(7):
+        model.bias[...] += 1.0
+        if step != 6:
+            run.log({"eval/loss": jnp.float32([5, 1, 3, 2, 4, 0, 9][step - 1])})
+    assert checkpoint.steps(tmp_path / "checkpoints") == [2, 4, 7]
+    assert checkpoint.metadata(tmp_path / "checkpoints", 4) == {"run": None, "note": "best"}
 
 
 def test_a_run_of_another_program_is_refused(mesh, tmp_path):

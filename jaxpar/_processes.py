@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 
-_log = logging.getLogger("jaxpar.run")
+_log = logging.getLogger("jaxpar")
 
 
 def is_first() -> bool:

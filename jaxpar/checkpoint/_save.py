@@ -1,0 +1,266 @@
+"""Save a tree.
+
+A checkpoint is a directory: arrays as Orbax stores them, under their paths, as global arrays, so that it knows nothing
+of meshes and plans; `checkpoint.json` about them; `SHA256SUMS` over both. All of it is written under another name,
+hashed, flushed to the disk, and appears by one rename:
+
+    100.saving/    state/, ...      Orbax, every process its own shards
+                   checkpoint.json  process 0
+                   SHA256SUMS       every process hashes what it wrote, process 0 gathers the sums
+    100/                            one rename; a process killed at any instant leaves either all of it or nothing
+"""
+
+import concurrent.futures.thread  # noqa: F401  # its hook at exit must be registered before ours
+import dataclasses
+import datetime as dt
+import logging
+import os
+import pathlib
+import shutil
+import threading
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from .. import _processes
+from .._errors import CheckpointError, listed
+from .._types import PyTree
+from . import _about, _orbax, _sums
+from ._about import About
+from ._parts import Parts, is_key, plain_json, take_apart
+from ._steps import is_unfinished, root, saving
+
+
+class Saving:
+    """A save that goes on in the background. `wait` for it, or ask whether it is `done`.
+
+    Attributes:
+        step: The step being saved.
+        path: Where it appears, by one rename, when it is complete.
+    """
+
+    def __init__(self, step: int, path: pathlib.Path, finish: Callable[[], None]) -> None:
+        self.step = step
+        self.path = path
+        self._finish = finish
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._work, name=f"save {path}")
+        _under_way.add(self)
+        self._thread.start()
+
+    @property
+    def done(self) -> bool:
+        """Whether `wait` would return (or raise) at once."""
+        return not self._thread.is_alive()
+
+    def wait(self) -> None:
+        """Return when the checkpoint is complete on disk.
+
+        Raises:
+            CheckpointError: It could not be written.
+        """
+        self._thread.join()
+        _under_way.discard(self)
+        if self._error is not None:
+            raise CheckpointError(
+                f"Step {self.step} could not be saved at {self.path}: {self._error}\nEarlier steps are as they were."
+            ) from self._error
+
+    def _work(self) -> None:
+        try:
+            self._finish()
+        except Exception as error:  # whatever it is, `wait` raises it where somebody listens
+            self._error = error
+        else:
+            _under_way.discard(self)
+
+
+_log = logging.getLogger("jaxpar")
+_under_way: set[Saving] = set()
+
+
+def _finish_all() -> None:
+    for each in list(_under_way):
+        try:
+            each.wait()
+        except CheckpointError as error:  # nobody else will hear of it
+            _log.error("%s", error)
+
+
+# A script may end without waiting. Once the main thread has ended, no executor starts anything, and Orbax, which uses
+# them in the background, loses the save and holds up the exit for five minutes (seen with 0.12.8). `atexit` comes too
+# late for that; the hook of `concurrent.futures` itself is private. Hooks run in reverse, so ours comes before it.
+threading._register_atexit(_finish_all)  # noqa: SLF001  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def save(
+    directory: str | os.PathLike[str],
+    step: int,
+    tree: PyTree,
+    *,
+    metrics: Mapping[str, Any] | None = None,
+    metadata: Mapping[str, Any] | None = None,
+) -> None:
+    """Write `tree` as checkpoint `step` of `directory`, and return when it is complete.
+
+    Every process calls it; each writes and hashes its own shards, and nothing moves between devices. The checkpoint
+    appears by one rename: a process killed at any instant leaves either all of it or nothing.
+
+    Args:
+        directory: Made if it does not exist.
+        step: 0 or more; becomes the name of a subdirectory.
+        tree: An nnx module or optimiser, any pytree, or a tuple, list or dict of these. Python numbers are saved, and
+            an object with `get_state` and `set_state` (a data loader) by its state, which must be JSON. Other leaves
+            (functions, text) are static and not saved.
+        metrics: Numbers by which `Keep(best=...)` chooses.
+        metadata: A JSON object to keep beside it; `jp.checkpoint.metadata` reads it.
+    Raises:
+        CheckpointError: The step exists already, or leaves cannot be saved: all of them named.
+
+    Example:
+        >>> import tempfile
+        >>> directory = tempfile.mkdtemp()
+        >>> jp.checkpoint.save(directory, 100, {"w": jnp.ones((8, 4)), "epoch": 3})
+        >>> jp.checkpoint.steps(directory)
+        [100]
+    """
+    save_async(directory, step, tree, metrics=metrics, metadata=metadata).wait()
+
+
+def save_async(
+    directory: str | os.PathLike[str],
+    step: int,
+    tree: PyTree,
+    *,
+    metrics: Mapping[str, Any] | None = None,
+    metadata: Mapping[str, Any] | None = None,
+) -> Saving:
+    """As `save`, but return once every array has been copied to host memory; writing goes on in the background.
+
+    Costs host memory for this process's shards until it is written. The arrays may be donated at once.
+
+    Raises:
+        CheckpointError: As `save`; a failure to write is raised by `wait`.
+
+    Example:
+        >>> import tempfile
+        >>> saving = jp.checkpoint.save_async(tempfile.mkdtemp(), 100, {"w": jnp.ones((8, 4))})
+        >>> saving.wait()
+    """
+    home = root(directory)
+    check_place(home, step)
+    parts = take_apart(tree)
+    _check_values(parts)
+    about = About(
+        leaves=_about.described(parts),
+        values=parts.values,
+        states=parts.states(),
+        versions=_about.versions(),
+        metrics=_about.numbers(metrics),
+        metadata=plain_json(dict(metadata or {}), "metadata"),
+        saved=dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
+    )
+    path, barrier = begin(home, step)
+    arrays = {name: _stored(leaf) for name, leaf in parts.arrays.items() if leaf.size}
+    written = _orbax.write(path, arrays)
+
+    def finish() -> None:
+        try:
+            written()
+            commit(home, step, about, barrier)
+        except BaseException:
+            _clear(home, step)  # on a full disk its space is needed
+            raise
+
+    return Saving(step, home / str(step), finish)
+
+
+def begin(home: pathlib.Path, step: int) -> tuple[pathlib.Path, Callable[[str], None]]:
+    """Where `step` is to be written until `commit`, clear of what a killed process left; and barriers for that.
+
+    The place must have been checked: `check_place`.
+    """
+    barrier = _orbax.barriers()
+    if _processes.is_first():
+        home.mkdir(parents=True, exist_ok=True)
+    _clear(home, step)
+    barrier("clear")
+    return saving(home, step), barrier
+
+
+def commit(home: pathlib.Path, step: int, about: About, barrier: Callable[[str], None]) -> None:
+    """Hash what every process has written where `begin` said, and make it step `step` of `home`."""
+    path = saving(home, step)
+    barrier("written")
+    sizes = {name: size for name, size in _sums.files(path)[0].items() if not name.startswith(_sums.NAME)}
+    own = [name for name in sizes if _orbax.writer(name) == jax.process_index()]
+    if _processes.is_first():
+        dataclasses.replace(about, files=sizes).write(path)
+        own.append(_about.NAME)
+    sums = _sums.of_files(path, own, flush=True)
+    if not _processes.is_first():
+        _sums.write(path, sums, part=jax.process_index())
+    barrier("hashed")
+    if _processes.is_first():
+        for index in range(1, jax.process_count()):
+            sums |= _sums.take(path, part=index)
+        _sums.write(path, sums)
+        for directory in {path, *((path / name).parent for name in sizes)}:
+            _flush(directory)
+        path.rename(home / str(step))
+        _flush(home)
+    barrier("committed")
+
+
+def _clear(home: pathlib.Path, step: int) -> None:
+    """Delete what a save of this step left half-written."""
+    if _processes.is_first():
+        for entry in home.glob(f"{saving(home, step).name}*"):
+            if is_unfinished(entry.name):
+                shutil.rmtree(entry, ignore_errors=True)
+
+
+def _flush(directory: pathlib.Path) -> None:
+    """Have the names in a directory written down to the disk: Orbax leaves that to the kernel."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _stored(leaf: Any) -> Any:
+    if is_key(leaf):
+        return jax.random.key_data(leaf)
+    return np.asarray(leaf) if isinstance(leaf, np.generic) else leaf
+
+
+def check_place(home: pathlib.Path, step: int) -> None:
+    """Raise unless `step` can be saved in `home`."""
+    if step < 0:
+        raise CheckpointError(f"step={step}: a step is 0 or more.")
+    if (home / str(step)).exists():
+        raise CheckpointError(
+            f"{home / str(step)} exists, and a save overwrites nothing. Give another step or directory, or delete it."
+        )
+    # Asked for now: Orbax fails on it in a background thread, and then holds up the exit of the process.
+    there = next(place for place in (home, *home.parents) if place.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        why = "is not a directory" if not there.is_dir() else "cannot be written by this user"
+        raise CheckpointError(f"{home}: {there} {why}. Give a directory that every process can write.")
+
+
+def _check_values(parts: Parts) -> None:
+    lines = [
+        f"{path}: a shape and dtype, without values"
+        if isinstance(leaf, jax.ShapeDtypeStruct)
+        else f"{path}: deleted, as it was donated to a step; save what the step returned"
+        for path, leaf in parts.arrays.items()
+        if isinstance(leaf, jax.ShapeDtypeStruct) or (isinstance(leaf, jax.Array) and leaf.is_deleted())
+    ]
+    if lines:
+        raise CheckpointError(f"{listed(lines)}\nOnly arrays that hold values can be saved.")
+    if not any(leaf.size for leaf in parts.arrays.values()):
+        raise CheckpointError("The tree holds no array, so there is nothing to save. Give the model or its parameters.")

@@ -1,0 +1,116 @@
+"""`SHA256SUMS`: one line for every other file of a checkpoint.
+
+In the format of `sha256sum`, so that `sha256sum -c SHA256SUMS` checks a checkpoint where there is no jaxpar. The names
+in it are only ever compared with the files that are there; none is opened because it is written here.
+"""
+
+import hashlib
+import os
+import pathlib
+import re
+import threading
+from collections.abc import Iterable, Mapping
+
+NAME = "SHA256SUMS"
+MAX_THREADS = 8  # one hashes about 1.5 GB/s; hashlib lets go of the interpreter's lock
+
+
+def write(path: pathlib.Path, sums: Mapping[str, str], *, part: int = 0) -> None:
+    """Write the file into the checkpoint at `path`, down to the disk; or `part`, the share of that process."""
+    with (path / _name(part)).open("w", encoding="utf-8") as file:
+        file.writelines(_line(name, sums[name]) for name in sorted(sums))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def take(path: pathlib.Path, *, part: int) -> dict[str, str]:
+    """The part that process `part` wrote, which is deleted."""
+    found = read(path, part=part)
+    (path / _name(part)).unlink()
+    return found or {}
+
+
+def read(path: pathlib.Path, *, part: int = 0) -> dict[str, str] | None:
+    """The sums of the checkpoint at `path` by file name; `None` if there is no such file, or it is not one."""
+    try:
+        lines = (path / _name(part)).read_text(encoding="utf-8").splitlines(keepends=True)
+    except (OSError, UnicodeDecodeError):
+        return None
+    found = {line[66:-1]: line[:64] for line in lines}
+    exact = len(found) == len(lines) and all(
+        line == _line(*pair) and re.fullmatch("[0-9a-f]{64}", pair[1])
+        for line, pair in zip(lines, found.items(), strict=True)
+    )
+    return found if found and exact else None
+
+
+def of_files(path: pathlib.Path, names: Iterable[str], *, flush: bool = False) -> dict[str, str]:
+    """The SHA-256 of each file in `path` called one of `names`, several at a time.
+
+    Args:
+        path: A checkpoint.
+        names: As `files` gives them.
+        flush: Have each file written down to the disk first.
+    Raises:
+        OSError: A file cannot be read.
+    """
+    waiting, sums, errors = list(names), {}, []
+
+    def work() -> None:
+        while waiting and not errors:
+            try:
+                name = waiting.pop()
+            except IndexError:  # another thread took the last
+                return
+            try:
+                sums[name] = _of_file(path / name, flush=flush)
+            except OSError as error:
+                errors.append(error)
+
+    # Plain threads: those of an executor cannot be started while the interpreter waits for a save before it exits.
+    threads = [threading.Thread(target=work) for _ in range(min(MAX_THREADS, os.cpu_count() or 1, len(waiting)))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise errors[0]
+    return sums
+
+
+def files(path: pathlib.Path) -> tuple[dict[str, int], list[str]]:
+    """The sizes of all files below `path` but this one, by name; and what is there that is neither file nor directory.
+
+    Symbolic links are never followed.
+    """
+    sizes: dict[str, int] = {}
+    odd: list[str] = []
+    below = [""]
+    while below:
+        prefix = below.pop()
+        for entry in os.scandir(path / prefix):
+            name = f"{prefix}{entry.name}"
+            if entry.is_dir(follow_symlinks=False):
+                below.append(f"{name}/")
+            elif entry.is_file(follow_symlinks=False):
+                sizes[name] = entry.stat(follow_symlinks=False).st_size
+            else:
+                odd.append(name)
+    sizes.pop(NAME, None)
+    return dict(sorted(sizes.items())), sorted(odd)
+
+
+def _name(part: int) -> str:
+    return f"{NAME}.{part}" if part else NAME
+
+
+def _line(name: str, digest: str) -> str:
+    return f"{digest}  {name}\n"
+
+
+def _of_file(file: pathlib.Path, *, flush: bool) -> str:
+    # A link put in the place of a file after `files` looked is not followed either.
+    with os.fdopen(os.open(file, os.O_RDONLY | os.O_NOFOLLOW), "rb") as opened:
+        if flush:
+            os.fsync(opened.fileno())
+        return hashlib.file_digest(opened, "sha256").hexdigest()

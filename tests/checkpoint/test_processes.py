@@ -1,0 +1,68 @@
+"""Checkpoints of two processes: each hashes what it wrote, and both go on from the same step."""
+
+import socket
+import subprocess
+import sys
+import textwrap
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxpar import checkpoint
+
+PEER = """
+    import pathlib, sys
+    import jax, numpy as np
+    from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+    from jaxpar import checkpoint
+
+    index, home = int(sys.argv[1]), pathlib.Path(sys.argv[3])
+    jax.distributed.initialize(f"127.0.0.1:{sys.argv[2]}", 2, index)
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))
+    rows = lambda fill: jax.make_array_from_callback(
+        (8, 4), NamedSharding(mesh, P("data")), lambda at: np.full((8, 4), fill, np.float32)[at]
+    )
+    for step in (1, 2):
+        checkpoint.save(home, step, {"w": rows(step)}, metadata={"step": step})
+    if index == 0:  # before it says which step to look at; the file is one that the other process wrote
+        file = max((home / "2" / "state" / "ocdbt.process_1").glob("d/*"), key=lambda path: path.stat().st_size)
+        data = bytearray(file.read_bytes())
+        data[len(data) // 2] ^= 1
+        file.write_bytes(data)
+    found = checkpoint.restore(home, {"w": rows(0)})["w"]
+    layers = [{"w": jax.ShapeDtypeStruct((4,), np.float32, sharding=NamedSharding(mesh, P()))}] * 8
+    cut = checkpoint.restore(home, layers)  # `w` is a stack of eight
+    mine = {float(shard.data.max()) for leaf in [found, cut[7]["w"]] for shard in leaf.addressable_shards}
+    print("restored", mine, flush=True)
+"""
+
+
+@pytest.mark.multiprocess
+def test_two_processes(child_env, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    command = [sys.executable, "-c", textwrap.dedent(PEER)]
+    env = {**child_env, "JAX_NUM_CPU_DEVICES": "1"}
+    peers = [
+        subprocess.Popen(
+            [*command, str(index), port, tmp_path], env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        )
+        for index in range(2)
+    ]
+    try:
+        said = [peer.communicate(timeout=240) for peer in peers]
+    finally:
+        for peer in peers:
+            peer.kill()
+            peer.wait()
+    assert [out.splitlines()[-1:] for out, _ in said] == [["restored {1.0}"]] * 2, said
+    assert "step 2 is DAMAGED, so the latest valid step is 1." in said[0][1]
+    # One of the two hashed the file, and said which it was.
+    assert any("state/ocdbt.process_1/" in err and "other bytes than were saved" in err for _, err in said), said
+    assert checkpoint.verify(tmp_path, 1) == [1]
+    sums = checkpoint._sums.read(tmp_path / "1")
+    assert {checkpoint._orbax.writer(name) for name in sums} == {0, 1}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "2"]
+    assert np.asarray(checkpoint.restore(tmp_path, {"w": jnp.zeros((8, 4))}, 1)["w"]).tolist() == [[1.0] * 4] * 8
