@@ -4,7 +4,8 @@ What waits in a buffer, on each stage, and from which tick to which, both includ
 
     inputs      what came in, from its arrival (for the first part of the model: its F) until the last op that reads it,
                 B or W: the backward computes the forward again from it
-    gradients   what came back, from its arrival until its B
+    gradients   what came back, from its arrival (for the last part of the model: its F, after which the loss is
+                known) until its B
     deferred    what a B leaves for its W, from one to the other
 
 Slots are given to the intervals in the order of their start, each the lowest that is free. For intervals that is
@@ -14,7 +15,6 @@ the fullest stage needs it.
 
 import dataclasses
 import heapq
-from collections.abc import Iterable
 
 from .._errors import ShardingError, listed
 from ._table import KINDS, NAMES, Item, Op, Table
@@ -73,8 +73,8 @@ def buffers(table: Table) -> Buffers:
         before, after = table.before(stage, chunk), table.after(stage, chunk)
         came = forward if before is None else ticks["F"][before[0], microbatch, before[1]] + 1
         inputs[item] = (came, ticks["W"].get(item, backward))
-        if after is not None:
-            gradients[item] = (ticks["B"][after[0], microbatch, after[1]] + 1, backward)
+        returned = forward if after is None else ticks["B"][after[0], microbatch, after[1]] + 1
+        gradients[item] = (returned, backward)
         if item in ticks["W"]:
             deferred[item] = (backward, ticks["W"][item])
     return Buffers(
@@ -104,7 +104,7 @@ def _ring(stages: int, intervals: dict[Item, Interval]) -> Ring:
     return Ring(size=max(used, default=0), intervals=intervals, slots=slots, used=tuple(used))
 
 
-def _form(table: Table) -> Iterable[str]:
+def _form(table: Table) -> list[str]:
     """What is wrong with the cells by themselves."""
     problems = []
     if not any(True for _ in table.ops()):
@@ -134,7 +134,7 @@ def _form(table: Table) -> Iterable[str]:
     return problems
 
 
-def _completeness(table: Table) -> Iterable[str]:
+def _completeness(table: Table) -> list[str]:
     """Every op once: F and B of each microbatch and chunk on every stage, W where there is one for its B."""
     problems = []
     seen: dict[tuple[int, Op], int] = {}
@@ -159,7 +159,7 @@ def _completeness(table: Table) -> Iterable[str]:
     return problems
 
 
-def _dependencies(table: Table) -> Iterable[str]:
+def _dependencies(table: Table) -> list[str]:
     """Everything that an op needs, in time: its own stage's in the same tick, another's a tick earlier."""
     problems = []
     for tick, stage, op in table.ops():

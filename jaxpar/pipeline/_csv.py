@@ -12,9 +12,10 @@ import io
 import re
 
 from .._errors import ShardingError, listed
-from ._table import Cell, Op, Table
+from ._table import KINDS, Cell, Op, Table
 
-_OP = re.compile(r"([FBW])(\d+)(?:\.(\d+))?")
+_LETTERS = "".join(KINDS)
+_OP = re.compile(rf"([{_LETTERS}])(\d+)(?:\.(\d+))?")
 
 
 def to_csv(table: Table) -> str:
@@ -81,5 +82,5 @@ def _cell(text: str, place: str, problems: list[str]) -> Cell:
             )
             continue
         kind, microbatch, chunk = match.groups()
-        ops.append(Op(kind, int(microbatch), int(chunk or 0)))
+        ops.append(Op(KINDS[_LETTERS.index(kind)], int(microbatch), int(chunk or 0)))
     return tuple(ops)

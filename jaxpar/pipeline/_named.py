@@ -103,7 +103,8 @@ def _table(p: int, first: Line, backward: Line, weight: Line) -> Table:
     """Forwards go down the stages, backwards up, each a tick a stage; weight gradients run on all at once."""
     placed: dict[tuple[int, int], list[Op]] = {}
     for stage in range(p):
-        for kind, line, shift in (("F", first, stage), ("B", backward, p - 1 - stage), ("W", weight, 0)):
+        lines = ((first, stage), (backward, p - 1 - stage), (weight, 0))
+        for kind, (line, shift) in zip(KINDS, lines, strict=True):
             for (microbatch, chunk), place in line.items():
                 placed.setdefault((place + shift, stage), []).append(Op(kind, microbatch, chunk))
     ticks = 1 + max(tick for tick, _ in placed)

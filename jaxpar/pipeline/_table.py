@@ -17,17 +17,18 @@ import functools as ft
 from collections.abc import Iterator
 from typing import Literal
 
-KINDS = ("F", "B", "W")
+Kind = Literal["F", "B", "W"]
+KINDS: tuple[Kind, ...] = ("F", "B", "W")
 """Forward, backward, weight gradient: the order within a tick."""
 
-NAMES = {"F": "forward", "B": "backward", "W": "weight gradient"}
+NAMES: dict[Kind, str] = {"F": "forward", "B": "backward", "W": "weight gradient"}
 
 
 @dataclasses.dataclass(frozen=True, order=True)
 class Op:
     """One piece of work: the forward, backward or weight gradient of a microbatch through a chunk."""
 
-    kind: Literal["F", "B", "W"]
+    kind: Kind
     microbatch: int
     chunk: int = 0
 
@@ -102,7 +103,8 @@ class Table:
 
     def needs(self, stage: int, op: Op) -> list[tuple[int, Op]]:
         """What must have run before `op` on `stage`: `(stage, op)` each, what comes from its own stage first."""
-        own = {"F": None, "B": "F", "W": "B"}[op.kind]
+        made_from: dict[Kind, Kind] = {"B": "F", "W": "B"}
+        own = made_from.get(op.kind)
         found = [] if own is None else [(stage, dataclasses.replace(op, kind=own))]
         around = {"F": self.before, "B": self.after}.get(op.kind)
         source = None if around is None else around(stage, op.chunk)
