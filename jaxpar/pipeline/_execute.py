@@ -208,12 +208,12 @@ class _Run:
             inputs = _write(inputs[0, 0], row["arrives"], came[0, 0])
             inputs = _write(inputs, jnp.where(is_first, shared["enters_slot"], -1), entered[0])
             x = _at(inputs, row["forward_slot"])
+            here = _one(micro, row["forward"])
 
-            def run(x: jax.Array) -> jax.Array:
-                here = jax.tree.map(lambda leaf: _at(leaf, row["forward"])[0], micro)
+            def run(x: jax.Array, here: PyTree) -> jax.Array:
                 return through(_chunk(parts, row["forward_chunk"]), x, here)
 
-            y = lax.cond(row["forward"] >= 0, run, lambda x: self._vary(jnp.zeros_like(x)), x)
+            y = lax.cond(row["forward"] >= 0, run, lambda x, here: self._vary(jnp.zeros_like(x)), x, here)
             is_last = lax.axis_index(self.axis) == p - 1
             left = lax.cond(shared["leaves"] >= 0, lambda y: self._only(y, is_last), self._nothing, y)
             return inputs[None, None], y[None, None], left[None]
@@ -229,9 +229,9 @@ class _Run:
             gradients = _write(gradients, jnp.where(is_last, shared["leaves_slot"], -1), leaving[0])
             x, gradient = _at(inputs[0, 0], row["backward_slot"]), _at(gradients, row["gradient_slot"])
             sums = jax.tree.map(lambda leaf: leaf[0, :, 0], sums)
+            here = _one(micro, row["backward"])
 
-            def run(x: jax.Array, gradient: jax.Array, sums: PyTree) -> Any:
-                here = jax.tree.map(lambda leaf: _at(leaf, row["backward"])[0], micro)
+            def run(x: jax.Array, gradient: jax.Array, sums: PyTree, here: PyTree) -> Any:
                 chunk = row["backward_chunk"]
                 _, pull = jax.vjp(lambda layers, x: through(layers, x, here), _chunk(parts, chunk), x)
                 more, dx = pull(gradient)
@@ -240,8 +240,8 @@ class _Run:
                 )
                 return dx, jax.tree.map(add, sums, more)
 
-            skip = lambda x, gradient, sums: (self._vary(jnp.zeros_like(x)), sums)
-            dx, sums = lax.cond(row["backward"] >= 0, run, skip, x, gradient, sums)
+            skip = lambda x, gradient, sums, here: (self._vary(jnp.zeros_like(x)), sums)
+            dx, sums = lax.cond(row["backward"] >= 0, run, skip, x, gradient, sums, here)
             is_first = lax.axis_index(self.axis) == 0
             done = lax.cond(shared["done"] >= 0, lambda dx: self._only(dx, is_first), self._nothing, dx)
             came, returned = y, dx[None, None]
@@ -272,35 +272,37 @@ class _Run:
             by_stage = {name: row[name] for name in BY_STAGE}
             shared = {name: value for name, value in row.items() if name not in BY_STAGE}
 
+            entering, scored, finished = one(row["enters"]), one(row["leaves"]), one(row["done"])
+            embed, score, embed_back = map(self._mapped, (self.model.embed, self._loss, self._embed_back))
+
             entered = lax.cond(
                 row["enters"] >= 0,
-                lambda: self._mapped(self.model.embed)(ends, one(row["enters"])),
-                lambda: jnp.zeros(some.shape, some.dtype),
+                lambda entering: embed(ends, entering),
+                lambda entering: jnp.zeros(some.shape, some.dtype),
+                entering,
             )
             inputs, y, left = run_forward(by_stage, shared, parts, micro, carry["came"], entered, carry["inputs"])
 
-            def score(left: jax.Array, ends_sum: PyTree, sums: jax.Array) -> Any:
-                found, more, leaving = self._mapped(self._loss)(ends, one(row["leaves"]), left)
+            def leave(left: jax.Array, ends_sum: PyTree, sums: jax.Array, scored: PyTree) -> Any:
+                found, more, leaving = score(ends, scored, left)
                 return leaving, _added(ends_sum, more), sums + found
 
             leaving, ends_sum, sums = lax.cond(
                 row["leaves"] >= 0,
-                score,
-                lambda left, ends_sum, sums: (jnp.zeros_like(left), ends_sum, sums),
-                left, carry["ends"], carry["sums"],
-            )  # fmt: skip
+                leave,
+                lambda left, ends_sum, sums, scored: (jnp.zeros_like(left), ends_sum, sums),
+                *(left, carry["ends"], carry["sums"], scored),
+            )
             came, returned, gradients, blocks, done = run_backward(
-                by_stage, shared, parts, micro, y, carry["returned"], leaving, inputs, carry["gradients"],
-                carry["blocks"],
-            )  # fmt: skip
+                *(by_stage, shared, parts, micro, y, carry["returned"], leaving, inputs),
+                *(carry["gradients"], carry["blocks"]),
+            )
             ends_sum = lax.cond(
                 row["done"] >= 0,
-                lambda done, ends_sum: _added(
-                    ends_sum, self._mapped(self._embed_back)(ends, one(row["done"]), done)
-                ),
-                lambda done, ends_sum: ends_sum,
-                done, ends_sum,
-            )  # fmt: skip
+                lambda done, ends_sum, finished: _added(ends_sum, embed_back(ends, finished, done)),
+                lambda done, ends_sum, finished: ends_sum,
+                *(done, ends_sum, finished),
+            )
             return {
                 "came": came, "returned": returned, "inputs": inputs, "gradients": gradients, "blocks": blocks,
                 "ends": ends_sum, "sums": sums,
@@ -379,6 +381,11 @@ def _at(leaf: jax.Array, index: jax.Array) -> jax.Array:
 def _chunk(parts: PyTree, chunk: jax.Array) -> PyTree:
     """This stage's layers of a chunk, from [v, 1, n, ...]."""
     return jax.tree.map(lambda leaf: _at(leaf, chunk)[0], parts)
+
+
+def _one(micro: PyTree, index: jax.Array) -> PyTree:
+    """A replica's part of a microbatch, from [m, 1, b, ...]. Outside of a branch, which would be given all of them."""
+    return jax.tree.map(lambda leaf: _at(leaf, index)[0], micro)
 
 
 def _added(total: PyTree, more: PyTree) -> PyTree:

@@ -127,7 +127,7 @@ def test_bubbles_are_not_computed(name, v):
     p, m, runs = 4, 5, []
 
     def counted(layer, x, batch):
-        jax.debug.callback(lambda: runs.append(1))
+        jax.debug.callback(lambda _: runs.append(1), x.ravel()[0])  # of `x`, or it would be taken out of the loop
         return block(layer, x, batch)
 
     model = dataclasses.replace(MODEL, block=counted)
@@ -138,17 +138,16 @@ def test_bubbles_are_not_computed(name, v):
 
 
 def test_memory_of_1f1b_does_not_grow_with_microbatches():
-    """Of all forwards before all backwards it does: rings of inputs and of gradients have a slot for each."""
+    """From 2p - 1 on, what stage 0 then holds. All forwards first hold all inputs."""
     p, width, seq = 4, 64, 32
     held = {}
     for name in ("1f1b", "gpipe"):
-        for m in (p, 4 * p):
+        for m in (2 * p, 8 * p):
             run = pipeline.value_and_grad(MODEL, jp.schedule(name, stages=p, microbatches=m), mesh(pipe=p))
             compiled = jax.jit(run).lower(*arguments(4 * m, width, seq)).compile()
             held[name, m] = compiled.memory_analysis().temp_size_in_bytes
-    activation = 4 * seq * width * 4
-    assert held["1f1b", 4 * p] < 1.05 * held["1f1b", p]
-    assert held["gpipe", 4 * p] - held["gpipe", p] >= 2 * 3 * p * activation
+    assert held["1f1b", 8 * p] < 1.05 * held["1f1b", 2 * p]  # the batch itself
+    assert held["gpipe", 8 * p] - held["gpipe", 2 * p] >= 2 * 6 * p * (4 * seq * width * 4)
 
 
 REFUSED = {
