@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from .compare import compare as compare
     from .explain import explain as explain
     from .parallel import DP as DP, FSDP as FSDP, TP as TP, ZeRO as ZeRO
+    from .pipeline import Schedule as Schedule, schedule as schedule
     from .run import Run as Run, fit as fit
 
 __version__ = "0.1.0"
@@ -53,6 +54,7 @@ _HOME = {
     "_verify": ("verify",),
     "_vocab": ("cross_entropy", "embed"),
     "parallel": ("DP", "FSDP", "TP", "ZeRO"),
+    "pipeline": ("Schedule", "schedule"),
     "run": ("Run", "fit"),
 }
 _MODULES = ("checkpoint", "compare", "data", "explain", "testing")  # `compare` and `explain` can be called

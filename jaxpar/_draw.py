@@ -11,12 +11,8 @@ one device from form to form. A picture is text, SVG and HTML by itself, and PNG
 """
 
 import dataclasses
-import html
-import importlib.util
 import itertools
 import math
-import os
-import pathlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -28,7 +24,7 @@ from ._context import axes_at
 from ._draw_grid import Cut, Grid, Side
 from ._draw_scene import INK, Area, Label, Line, Scene, Shape, beside, box, words
 from ._draw_sheet import SMALL, sheet
-from ._errors import ShardingError
+from ._drawing import Drawing
 from ._plan import Move, Plan, Record
 from ._plan_text import bytes_text, fold, move_text, spec_text
 
@@ -36,53 +32,6 @@ _MOST_LEAVES = 4
 _MOST_ROWS, _MOST_COLUMNS = 16, 10
 
 _FORMS = (("storage", "stored"), ("compute", "used"), ("gradient", "gradient"), ("slots", "optimiser state"))
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Drawing:
-    """A picture of a plan. The last line of a notebook cell shows it; `print` shows its text.
-
-    Attributes:
-        text: The picture in characters.
-        scene: The picture in shapes.
-        title: Of a page of its own.
-    """
-
-    text: str
-    scene: Scene
-    title: str = "A plan"
-
-    def __str__(self) -> str:
-        return self.text
-
-    def __repr__(self) -> str:
-        return self.text
-
-    def _repr_mimebundle_(self, **_: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-        # Either PNG or HTML: where there are both, notebooks and code hosts prefer HTML, and hosts strip the SVG in it.
-        if importlib.util.find_spec("matplotlib") is None:
-            return {"text/plain": self.text, "text/html": scenes.svg(self.scene, alone=False)}, {}
-        size = {"width": round(self.scene.width), "height": round(self.scene.height)}
-        return {"text/plain": self.text, "image/png": scenes.png(self.scene)}, {"image/png": size}
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the picture to `path`, as its ending says: `.svg` and `.html` by itself, `.png` by matplotlib.
-
-        Raises:
-            ShardingError: Another ending.
-            ModuleNotFoundError: A PNG, and matplotlib is not installed.
-        """
-        path = pathlib.Path(path)
-        if path.suffix == ".png":
-            path.write_bytes(scenes.png(self.scene))
-        elif path.suffix == ".svg":
-            path.write_text(scenes.svg(self.scene, alone=True), encoding="utf-8")
-        elif path.suffix == ".html":
-            path.write_text(_page(self.scene, self.title), encoding="utf-8")
-        else:
-            raise ShardingError(
-                f"{path}: a picture is written as .png, .svg or .html, not {path.suffix or 'without'!r}."
-            )
 
 
 def draw(plan: Plan, path: str | None = None) -> Drawing:
@@ -432,10 +381,3 @@ def _held(plan: Plan) -> Scene:
     filled = Scene(10, 14, (box(0, 2, 10, 10, fill=INK, opacity=0.3),))
     first = int(np.ravel(_ids(plan))[0])
     return beside([filled, words(f"held by device {first}", size=SMALL)], 6)
-
-
-def _page(scene: Scene, title: str) -> str:
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="color-scheme" content="light dark">'
-        f"<title>{html.escape(title)}</title></head>\n<body>{scenes.svg(scene, alone=False)}</body></html>\n"
-    )

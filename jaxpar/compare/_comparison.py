@@ -4,7 +4,7 @@ import dataclasses
 import json
 from typing import Any
 
-from .._draw import Drawing
+from .._drawing import Drawing
 from .._errors import MeshError
 from ._candidates import Candidate, Rejected
 from ._rank import ranked

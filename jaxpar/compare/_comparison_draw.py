@@ -3,8 +3,8 @@
 from typing import TYPE_CHECKING
 
 from .. import _draw_scene as scenes, _palette
-from .._draw import Drawing
 from .._draw_scene import INK, Line, Scene, Shape, beside, box, words
+from .._drawing import Drawing
 from .._plan_text import bytes_text
 from ._candidates import Candidate
 from ._rank import seconds_text

@@ -8,7 +8,7 @@ import pathlib
 from typing import Any
 
 from .. import _hardware
-from .._draw import Drawing
+from .._drawing import Drawing
 from .._errors import MeshError, ShardingError
 from . import _json
 from ._collectives import Row

@@ -15,8 +15,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from .. import _draw_scene as scenes, _palette
-from .._draw import Drawing, draw_mesh
+from .._draw import draw_mesh
 from .._draw_scene import INK, Label, Line, Scene, Shape, beside, box, words
+from .._drawing import Drawing
 from .._errors import ShardingError, nearest
 from .._plan import Plan
 from . import _report_tables as tables, _report_text as as_text
