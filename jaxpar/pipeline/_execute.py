@@ -326,8 +326,8 @@ class _Run:
         """`function(ends, ...)` for each replica apart."""
 
         def run(ends: PyTree, *rest: Any) -> Any:
-            name = {"spmd_axis_name": self.replicas} if self.replicas else {}
-            return jax.vmap(function, in_axes=(None, *[0] * len(rest)), **name)(ends, *rest)
+            in_axes = (None, *[0] * len(rest))
+            return jax.vmap(function, in_axes=in_axes, spmd_axis_name=self.replicas or None)(ends, *rest)
 
         return run
 

@@ -84,10 +84,23 @@ def test_it_computes_what_one_device_computes(name, p, m, v, replicas):
 
 
 def test_a_schedule_of_ones_own_runs():
-    """The order of separate programs, which no named schedule has."""
+    """The order of separate programs, which no named schedule has; on an axis of another name."""
     schedule = jp.Schedule.of_orders(["F0 F1 B0 F2 B1 B2", "F0 B0 F1 B1 F2 B2"])
-    run = pipeline.value_and_grad(MODEL, schedule, mesh(pipe=2))
+    run = pipeline.value_and_grad(MODEL, schedule, mesh(stage=2), axis="stage")
     assert_same(jax.jit(run), on_one_device, arguments(3), grads=False)
+
+
+def test_bfloat16_runs_and_adds_up_in_float32():
+    """XLA on CPU aborts on a sum in bfloat16 in a region that is manual over some axes only."""
+    arguments_32 = arguments(6)
+    arguments_16 = jax.tree.map(lambda x: x.astype(jnp.bfloat16) if x.dtype == jnp.float32 else x, arguments_32)
+    schedule = jp.schedule("1f1b", stages=2, microbatches=3)
+    value, gradients = jax.jit(pipeline.value_and_grad(MODEL, schedule, mesh(data=2, pipe=2), replicas=("data",)))(
+        *arguments_16
+    )
+    assert {str(leaf.dtype) for leaf in jax.tree.leaves(gradients)} == {"float32"}
+    assert all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(gradients))
+    assert float(value) == pytest.approx(float(on_one_device(*arguments_32)[0]), rel=2**-7)
 
 
 def test_beside_fsdp_and_tensor_parallelism():
