@@ -322,7 +322,7 @@ def _differentiate(job: _Job, batch: PyTree, separable: bool) -> tuple[Any, Any,
         return job.gradients_of_mean(job.subject.params, job.subject.state, batch)
     if region is None or form.name == "whole":
         if region is not None and job.accumulate > 1 and region.plan.num_batch_shards > 1:
-            logger.warning("gradients are reduced %d times a step: %s.", job.accumulate, form.why)
+            _warn(region, f"gradients are reduced {job.accumulate} times a step: {form.why}.")
         total, weight, aux, gradients, state = _scan(job, _contiguous(batch, job.accumulate, region), region)
     elif form.name == "sharded":
         total, weight, aux, gradients, state = _scan(job, _interleaved(batch, job, (), region), region)
@@ -337,6 +337,13 @@ def _differentiate(job: _Job, batch: PyTree, separable: bool) -> tuple[Any, Any,
         for path, gradient in gradients.items()
     }
     return total / divisor.astype(total.dtype), weight, jax.tree.map(lambda each: each / divisor, aux), mean, state
+
+
+def _warn(region: Region, warning: str) -> None:
+    if isinstance(region, Traced):
+        region.warnings.append(warning)
+    else:
+        logger.warning("%s", warning)
 
 
 def _form(job: _Job, batch: PyTree, region: Region | None, separable: bool) -> _Form:

@@ -23,7 +23,7 @@ from jax.extend import core as jax_core
 from jax.sharding import NamedSharding, PartitionSpec
 
 from . import _context, _traits, _tree
-from ._context import Region
+from ._context import Region, as_spec, axes_at
 from ._errors import ShardingError, listed
 from ._plan import TABLE, Record, gradient_route
 from ._rules import fold_layers
@@ -41,12 +41,14 @@ class Traced(Region):
     Attributes:
         dims: Logical dims of activations that were named.
         notes: What a reader of the step should know.
+        warnings: What the log is to say, once: a step may be traced twice.
         values: What each parameter was read as, in each trace inside.
         tables: Paths of parameters that the step looks up by index, as far as the plan does not say so.
     """
 
     dims: set[str] = dataclasses.field(default_factory=set)
     notes: list[str] = dataclasses.field(default_factory=list)
+    warnings: list[str] = dataclasses.field(default_factory=list)
     values: dict[Any, Any] = dataclasses.field(default_factory=dict)
     tables: frozenset[str] = frozenset()
 
@@ -64,6 +66,7 @@ class _Move:
     storage: NamedSharding
     compute: NamedSharding
     route: tuple[NamedSharding, ...]
+    turned: bool
     dtype: Any
     path: str
 
@@ -77,10 +80,16 @@ class _Move:
 
         A constraint transposes to itself, so a cotangent passes this backwards: widened first, so that it is summed in
         the stored dtype, then along its route.
+
+        A matrix whose gradient is cut by rows passes it turned. XLA:TPU (libtpu 0.0.42) reduce-scatters along the last
+        dim; by rows it moves the edges of padded pieces on top, and with a replica dim before them, or with several
+        gradients at once, sums all and cuts, which is twice as much on the wire. The product of the backward pass comes
+        out turned at no cost; what is turned back is a piece.
         """
+        value = value.T if self.turned else value
         for sharding in reversed(self.route):
-            value = jax.lax.with_sharding_constraint(value, sharding)
-        return value.astype(self.dtype)
+            value = jax.lax.with_sharding_constraint(value, _turn(sharding) if self.turned else sharding)
+        return (value.T if self.turned else value).astype(self.dtype)
 
 
 def read(value: jax.Array, record: Record, region: Region, *, layers: int = 0) -> jax.Array:
@@ -98,8 +107,21 @@ def read(value: jax.Array, record: Record, region: Region, *, layers: int = 0) -
 
     if not jnp.issubdtype(value.dtype, jnp.floating):
         return jax.lax.with_sharding_constraint(value, here(record.compute))
-    route = tuple(map(here, route_of(record, region)))
-    return _read(value, _Move(here(record.storage), here(record.compute), route, record.compute_dtype, record.path))
+    compute, route = here(record.compute), tuple(map(here, route_of(record, region)))
+    turned = value.ndim == 2 and record.role != TABLE and _cuts_rows(route[-1].spec, compute.spec)
+    return _read(value, _Move(here(record.storage), compute, route, turned, record.compute_dtype, record.path))
+
+
+def _cuts_rows(cut: PartitionSpec, whole: PartitionSpec) -> bool:
+    """Whether a matrix is split further by its rows in `cut` than in `whole`."""
+    rows, before = (axes_at(next(iter(spec), None)) for spec in (cut, whole))
+    return len(rows) > len(before)
+
+
+def _turn(sharding: NamedSharding) -> NamedSharding:
+    """Of a matrix, its sharding when transposed."""
+    rows, columns = (*sharding.spec, None, None)[:2]
+    return NamedSharding(sharding.mesh, as_spec([axes_at(columns), axes_at(rows)]))
 
 
 def route_of(record: Record, region: Region) -> tuple[PartitionSpec, PartitionSpec]:

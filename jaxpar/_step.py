@@ -262,6 +262,8 @@ class StepFunction:
             self._check_reads(found, call, _traits.contracted(jaxpr.jaxpr))
             self._check_sequence(region, jaxpr.jaxpr)
             self._note_gathers(region, found, call, jaxpr.jaxpr)
+        for warning in dict.fromkeys(region.warnings):
+            logger.warning("%s", warning)
         result: Result = traced["result"]
         num = call.num_node_arrays
         before, after = jaxpr.jaxpr.invars[:num], jaxpr.jaxpr.outvars[:num]
@@ -403,7 +405,7 @@ class StepFunction:
 
     def _warn(self, region: Traced, note: str) -> None:
         region.notes.append(note)
-        logger.warning("%s: %s.", self.__name__, note)
+        region.warnings.append(f"{self.__name__}: {note}.")
 
     def _check_sequence(self, region: Traced, jaxpr: Any) -> None:
         strategy = self.plan.strategy(TP)

@@ -176,6 +176,21 @@ def test_form_and_its_numbers(name, caplog):
     assert ("gradients are reduced 2 times a step" in caplog.text) == (note.startswith("whole") and axes != {"fsdp": 8})
 
 
+def test_a_warning_is_logged_once_though_the_step_is_traced_twice(caplog):
+    """A table that the plan did not foresee is met while a step is traced, which is then traced again."""
+
+    def make():
+        return {"words": jnp.ones((64, D)), "up": jnp.ones((D, F))}
+
+    def loss(params, batch):
+        return jnp.mean((params["words"][batch["sample"]] @ params["up"]) ** 2)
+
+    chosen = [jp.DP(), jp.FSDP(min_bytes=0)]
+    *_, step = run(make, loss, {"data": 2, "fsdp": 4}, accumulate=2, separable=False, chosen=chosen)
+    assert any(note.startswith("looked up by index, which the plan did not foresee: words") for note in step.notes)
+    assert caplog.text.count("gradients are reduced 2 times a step: the loss says it is not separable.") == 1
+
+
 @pytest.mark.parametrize("axes", [{"data": 2, "fsdp": 4}, {"fsdp": 2, "data": 2}], ids=str)
 def test_one_dim_split_by_a_replica_axis_and_then_another(axes):
     """`ZeRO(2)` sums its piece in the loop; `FSDP(reduce="step")`, which split the dim first, cuts that after it."""

@@ -15,38 +15,7 @@ from jax.sharding import PartitionSpec as P
 import jaxpar as jp
 from jaxpar import Move, Plan, testing
 from jaxpar._errors import ShardingError
-
-DIM, HIDDEN, INPUTS, DEPTH, TOKENS = 64, 256, 48, 3, 32
-MATRIX = DIM * HIDDEN * 4  # bytes of one block's up or down
-
-
-class Block(nnx.Module):
-    def __init__(self, rngs):
-        self.up = nnx.Linear(DIM, HIDDEN, use_bias=False, rngs=rngs)
-        self.down = nnx.Linear(HIDDEN, DIM, use_bias=False, rngs=rngs)
-
-    def __call__(self, x):
-        return x + self.down(jnp.tanh(self.up(x)))
-
-
-class Model(nnx.Module):
-    def __init__(self, rngs):
-        self.inp = nnx.Linear(INPUTS, DIM, use_bias=False, rngs=rngs)
-        self.blocks = nnx.List([Block(rngs) for _ in range(DEPTH)])
-
-    def __call__(self, x):
-        x = self.inp(x)
-        for block in self.blocks:
-            x = block(x)
-        return x
-
-
-def make():
-    return Model(nnx.Rngs(0))
-
-
-TP = jp.TP(column="*.up", row="*.down")
-BLOCKS = jp.FSDP(blocks="blocks.*")
+from tests._residual import BLOCKS, DEPTH, DIM, HIDDEN, INPUTS, MATRIX, TOKENS, TP, Block, make
 
 CASES = {
     "dp": ({"data": 8}, [jp.DP()]),

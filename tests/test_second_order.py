@@ -15,6 +15,7 @@ from flax import nnx
 import jaxpar as jp
 from jaxpar import _tree, testing
 from tests import _programs as programs
+from tests._residual import Block
 
 WORDS, DIM, HIDDEN, ROWS, LENGTH = 64, 32, 64, 16, 4
 TP = jp.TP(column="*up", row="*down")
@@ -26,19 +27,10 @@ MESHES = {
 }
 
 
-class Block(nnx.Module):
-    def __init__(self, rngs):
-        self.up = nnx.Linear(DIM, HIDDEN, use_bias=False, rngs=rngs)
-        self.down = nnx.Linear(HIDDEN, DIM, use_bias=False, rngs=rngs)
-
-    def __call__(self, x):
-        return x + self.down(jnp.tanh(self.up(x)))
-
-
 class Model(nnx.Module):
     def __init__(self, rngs):
         self.embed = nnx.Param(jax.random.normal(rngs.params(), (WORDS, DIM)) / 8)
-        self.blocks = jp.Stack(Block, 2, rngs=rngs)
+        self.blocks = jp.Stack(lambda rngs: Block(rngs, DIM, HIDDEN), 2, rngs=rngs)
 
     def __call__(self, ids):
         return self.blocks(self.embed[...][ids]) @ self.embed.T

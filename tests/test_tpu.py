@@ -98,14 +98,14 @@ def test_accumulation_reduces_once():
     assert {each.kind for each in over_data} <= {"all-reduce", "reduce-scatter"}
 
 
-def sums(strategies, **axes):
+def sums(strategies, *, accumulate=1, **axes):
     """How a step with Adam sums the gradients of two blocks, 1024 wide: kind, spelling, axes and bytes of each."""
     mesh = tpu_mesh("v5e:2x4", **axes)
     plan = jp.plan(lambda: Blocks(1024, 2, rngs=nnx.Rngs(0)), mesh, strategies)
-    loss = nnx.value_and_grad(lambda model, x: jnp.mean(model(x) ** 2))
+    loss = jp.value_and_grad(lambda model, x: jnp.mean(model(x) ** 2), accumulate=accumulate)
     compiled = lowered(plan, optax.adam(1e-3), loss, jax.ShapeDtypeStruct((64, 1024), jnp.float32)).compile()
     found = testing.collectives(compiled, mesh=mesh)
-    reductions = [each for each in found if each.shape and each.kind in ("all-reduce", "reduce-scatter")]
+    reductions = [each for each in found if math.prod(each.shape) > 1 and each.kind in ("all-reduce", "reduce-scatter")]
     return {(each.kind, each.spelling, each.axes, math.ceil(each.bytes / MIB)) for each in reductions}, found
 
 
@@ -117,6 +117,16 @@ def test_gradients_are_scattered_over_one_axis_and_summed_over_the_other_in_piec
     found, _ = sums([jp.DP(), jp.FSDP()], data=2, fsdp=4)
     assert found >= {(*FUSED, ("fsdp",), 16), ("all-reduce", "all-reduce", ("data",), 4)}
     assert all(axes != ("data", "fsdp") for _, _, axes, _ in found)
+
+
+def test_accumulated_gradients_too():
+    """The pieces of each microbatch are scattered; they cross the other axis when all have been added."""
+    found, traffic = sums([jp.DP(), jp.FSDP()], accumulate=2, data=2, fsdp=4)
+    assert found == {(*FUSED, ("fsdp",), 16), ("all-reduce", "all-reduce", ("data",), 4)}
+    assert {(each.axes, each.depth) for each in traffic if each.bytes >= MIB and each.kind != "all-gather"} == {
+        (("fsdp",), 1),
+        (("data",), 0),
+    }
 
 
 def test_tensor_parallel_gradients_too():

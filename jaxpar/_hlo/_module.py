@@ -3,7 +3,8 @@
 `read(text)` takes optimised HLO text (`compiled.as_text()`, on CPU, TPU or GPU) and gives a `Module`;
 `module.collectives(mesh)` lists what crosses devices in one step. The words are the textbook's, whatever the compiler
 wrote: a TPU `all-reduce-scatter` fusion, and CPU's all-reduce of which each device keeps only its own slice, are a
-reduce-scatter; a pair `-start`/`-done` is one collective; a loop multiplies by its trip count.
+reduce-scatter; TPU's all-reduce of zeros with a device's own piece in them is an all-gather; a pair `-start`/`-done`
+is one collective; a loop multiplies by its trip count.
 
 Text in, data out: neither JAX nor devices are needed. Nothing here raises on text that cannot be read; see
 `Module.unread`.
@@ -51,7 +52,8 @@ class Collective:
         count: Times it runs in one call of the program; `None` in a loop whose trip count is not known.
         depth: Number of loops around it.
         conditional: Whether it is in a branch: then `count` is the most it can be.
-        op_name: Where the program's author made it, as JAX names it.
+        op_name: Where the program's author made it, as JAX names it. Of a tensor that was combined with others, and
+            whose makers kept no name, the one that the instruction has.
         source: `file:line` of the author's code, where the compiler kept it.
         name: The instruction; equal for tensors combined into one.
         channel: XLA's `channel_id`.
@@ -277,12 +279,23 @@ class _Reader:
                     does, spelling = "reduce-scatter", "fusion all-reduce-scatter"
                 elif self._keeps_own_part(op, index, len(shapes), groups):
                     does, spelling = "reduce-scatter", f"{op.opcode} and slice"
-            found.append(self._collective(visit, does, spelling, axes, shape))
+                elif self._puts_own_part(op, index, groups):
+                    does, spelling = "all-gather", f"dynamic-update-slice and {op.opcode}"
+            part = index if len(shapes) > 1 else None
+            found.append(self._collective(visit, does, spelling, axes, shape, part))
         return found
 
-    def _collective(self, visit: _Visit, kind: str, spelling: str, axes: tuple[str, ...], shape: Shape) -> Collective:
+    def _collective(
+        self,
+        visit: _Visit,
+        kind: str,
+        spelling: str,
+        axes: tuple[str, ...],
+        shape: Shape,
+        part: int | None = None,
+    ) -> Collective:
         op = visit.op
-        op_name, source = self.origin(op, visit.callers)
+        op_name, source = self.origin(op, visit.callers) if part is None else self._origin_of_part(visit, kind, part)
         channel = op.attribute("channel_id")
         return Collective(
             kind=kind,
@@ -388,21 +401,37 @@ class _Reader:
         slices = values.slices_kept(self.program, op, index if num_results > 1 else None)
         return bool(slices) and all(self._own(each, groups) for each in slices)
 
-    def _own(self, taken: Op, groups: np.ndarray) -> bool:
-        """Whether the dynamic-slice `taken` keeps another part on each device of a group."""
-        full = self._operand_shapes(taken)[:1]
-        if not full or not taken.shapes or len(taken.operands) != 1 + len(full[0].dims):
+    # All-gather, spelt as an all-reduce of arrays that are zero but for the piece of each device (XLA:TPU, of small
+    # pieces).
+
+    def _puts_own_part(self, op: Op, index: int, groups: np.ndarray) -> bool:
+        put = (
+            values.piece_in_zeros(self.program, op.computation, op.operands[index])
+            if len(op.operands) > index
+            else None
+        )
+        shapes = [] if put is None else self._operand_shapes(put)
+        if put is None or len(shapes) < 2 or shapes[1].size * groups.shape[1] != shapes[0].size:
             return False
-        part = taken.shapes[0]
-        if part.size * groups.shape[1] > full[0].size:
+        return self._own(put, groups)
+
+    def _own(self, taken: Op, groups: np.ndarray) -> bool:
+        """Whether a dynamic-slice keeps, or a dynamic-update-slice writes, another part on each device of a group."""
+        shapes = self._operand_shapes(taken)
+        pieces = taken.shapes if taken.opcode == "dynamic-slice" else shapes[1:]
+        first = 1 if taken.opcode == "dynamic-slice" else 2  # of the operands that are offsets
+        if not shapes or not pieces or len(taken.operands) != first + len(shapes[0].dims):
+            return False
+        full, part = shapes[0], pieces[0]
+        if part.size * groups.shape[1] > full.size:
             return False
         count = int(groups.max()) + 1
-        offsets = [values.evaluate(self.program, taken.computation, name, count) for name in taken.operands[1:]]
-        cut = [dim for dim, size in enumerate(part.dims) if size < full[0].dims[dim]]
+        offsets = [values.evaluate(self.program, taken.computation, name, count) for name in taken.operands[first:]]
+        cut = [dim for dim, size in enumerate(part.dims) if size < full.dims[dim]]
         known = [(offset, part.dims[dim]) for dim in cut if (offset := offsets[dim]) is not None]
         if len(known) < len(cut):  # a table that the text elides: believe the sizes
-            exact = part.size * groups.shape[1] == full[0].size
-            unknown = [taken.operands[1 + dim] for dim in cut if offsets[dim] is None]
+            exact = part.size * groups.shape[1] == full.size
+            unknown = [taken.operands[first + dim] for dim in cut if offsets[dim] is None]
             return exact and all(values.depends_on_device(self.program, taken.computation, name) for name in unknown)
         steps = [np.broadcast_to(offset.ravel(), (count,)) // size for offset, size in known]
         return all(len({tuple(step[member] for step in steps) for member in group}) == len(group) for group in groups)
@@ -416,7 +445,7 @@ class _Reader:
         result, else an operand.
         """
         waiting = [op]
-        if callers and callers[-1].opcode == "fusion":
+        if callers and callers[-1].opcode in ("fusion", "async-start"):
             waiting.append(callers[-1])
         operands = [self.program.op((op.computation, name)) for name in op.operands]
         op_name, source, seen = "", "", 0
@@ -427,6 +456,34 @@ class _Reader:
             if not waiting:
                 waiting, operands = [each for each in operands if each is not None], []
         return op_name, source
+
+    def _origin_of_part(self, visit: _Visit, kind: str, part: int) -> tuple[str, str]:
+        """As `origin`, of one tensor of several that the compiler combined.
+
+        The instruction has the name of one of them, or of all in one. So a tensor that is reduced has the name of what
+        computes it, any other that of what it is used for; where these kept none, that of the instruction.
+        """
+        op = visit.op
+        if kind in ("all-reduce", "reduce-scatter"):
+            names = op.operands[part : part + 1]
+            near = [made for name in names for made in values.made_by(self.program, op.computation, name)]
+        else:
+            near = self._users_of_part(op, part)
+        for each in near:
+            op_name = "" if each.opcode == "parameter" else _quoted("op_name", each)
+            if op_name:
+                return op_name, self._source(each)
+        return self.origin(op, visit.callers)
+
+    def _users_of_part(self, op: Op, part: int) -> list[Op]:
+        users = [user for user, _ in self.program.users.get((op.computation, op.name), [])]
+        if len(users) == 1 and users[0].opcode.endswith("-done"):
+            return self._users_of_part(users[0], part)
+        taken = [user for user in users if user.opcode == "get-tuple-element" and user.attribute("index") == str(part)]
+        return [
+            *taken,
+            *(user for each in taken for user, _ in self.program.users.get((each.computation, each.name), [])),
+        ]
 
     def _source(self, op: Op) -> str:
         frame = re.search(r"stack_frame_id=(\d+)", op.attributes)

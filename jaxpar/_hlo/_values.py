@@ -106,6 +106,29 @@ def slices_kept(program: Program, op: Op, index: int | None) -> tuple[Op, ...]:
     return tuple(found)
 
 
+def piece_in_zeros(program: Program, computation: str, name: str) -> Op | None:
+    """The dynamic-update-slice that puts a piece into an array of zeros, if a value is made so."""
+    origins = _Origins(program)
+    made = origins.op((computation, name))
+    for _ in range(8):
+        if made is None or made.opcode not in ("convert", "reshape") or not made.operands:
+            break
+        made = origins.op((made.computation, made.operands[0]))
+    if made is None or made.opcode != "dynamic-update-slice":
+        return None
+    base = origins.op((made.computation, made.operands[0]))
+    if base is not None and base.opcode == "broadcast" and base.operands:
+        base = origins.op((base.computation, base.operands[0]))
+    is_zero = base is not None and base.opcode == "constant" and re.fullmatch(r"-?0(\.0*)?", base.inside.strip())
+    return made if is_zero else None
+
+
+def made_by(program: Program, computation: str, name: str) -> tuple[Op, ...]:
+    """What makes a value: the operation of that name, and, where that only hands it on, what is behind it."""
+    ops = (program.op((computation, name)), _Origins(program).op((computation, name)))
+    return tuple(dict.fromkeys(op for op in ops if op is not None))
+
+
 _PASSING = ("all-reduce-done", "async-done", "opt-barrier", "copy-start", "copy-done")
 _ELEMENTWISE = frozenset({
     "abs", "add", "and", "bitcast", "bitcast-convert", "ceil", "clamp", "compare", "convert", "copy", "cosine",
@@ -198,7 +221,7 @@ class _Origins:
         if op.opcode == "parameter":
             caller = _caller(self.program, op.computation)
             number = op.inside.strip()
-            if caller is None or caller.opcode not in ("fusion", "call") or not number.isdigit():
+            if caller is None or caller.opcode not in ("fusion", "call", "async-start") or not number.isdigit():
                 return None
             return (caller.computation, caller.operands[int(number)]) if int(number) < len(caller.operands) else None
         if op.opcode == "get-tuple-element" and op.operands:

@@ -30,11 +30,14 @@ from .._errors import StepError
 from .._hlo import MeshAxes
 from ._compiled import Compiled, MemoryStats
 from ._compiler import compiler
-from ._export import Exported
+from ._export import Exported, without_call
 from ._target import missing
 
 MOST = 2 * 2**30
 """Bytes that the cache may hold."""
+
+_PART = ".part-"  # how the name of an entry in the making starts
+_STALE = 24 * 3600  # seconds after which nobody is making it
 
 _FLAGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "JAX_ENABLE_X64")
 """Variables that change what the compiler makes."""
@@ -87,7 +90,7 @@ def _user_cache() -> pathlib.Path:
 
 def _make(exported: Exported, entry: pathlib.Path) -> None:
     """Compile into `entry`; a failure leaves nothing there."""
-    part = pathlib.Path(tempfile.mkdtemp(prefix=".part-", dir=entry.parent))
+    part = pathlib.Path(tempfile.mkdtemp(prefix=_PART, dir=entry.parent))
     try:
         step = part / "step.zip"
         step.write_bytes(exported.to_bytes())
@@ -196,17 +199,20 @@ def _read(entry: pathlib.Path, exported: Exported) -> Compiled:
         num_tokens=exported.num_tokens,
         refusal=result.get("refusal", ""),
         needed=result.get("needed", 0),
-        log=tuple((entry / "log").read_text(errors="replace").splitlines()),
+        log=tuple(without_call((entry / "log").read_text(errors="replace"), exported.name).splitlines()),
         seconds=result["seconds"],
     )
 
 
 def _prune(root: pathlib.Path, kept: pathlib.Path) -> None:
-    """Remove the entries that were used longest ago, until what is left fits."""
+    """Remove the entries that were used longest ago, until what is left fits; and what killed processes left behind."""
     sizes = {}
     for entry in root.iterdir():
         with contextlib.suppress(OSError):
-            if not entry.name.startswith("."):
+            if entry.name.startswith(_PART):
+                if entry.stat().st_mtime < time.time() - _STALE:
+                    shutil.rmtree(entry, ignore_errors=True)
+            elif not entry.name.startswith("."):
                 sizes[entry] = (entry.stat().st_mtime, sum(file.stat().st_size for file in entry.iterdir()))
     total = sum(size for _, size in sizes.values())
     for entry, (_, size) in sorted(sizes.items(), key=lambda item: item[1]):

@@ -17,7 +17,7 @@ from .._hlo._text import Op
 from ._collectives import Row
 from ._compiled import Argument, Compiled
 from ._finding import Severity
-from ._flow import Flow, Trail, Value, reshaped
+from ._flow import Flow, Through, Trail, Value, reshaped
 from ._memory import Memory
 from ._paths import Paths
 from ._timeline import Timeline, mesh_of
@@ -162,6 +162,25 @@ class Evidence:
                 found[number] = bits
         return found
 
+    def axes_of(self, number: int) -> tuple[str, ...] | None:
+        """The axes that split an argument: as told, for of a program that was refused there is no text to ask."""
+        told = self.arguments[number].axes
+        if told is not None:
+            return told
+        bits = self.argument_axes.get(number)
+        return None if bits is None else self.varying.axes(bits)
+
+    @ft.cached_property
+    def batch_axes(self) -> tuple[str, ...]:
+        """The axes that split the batch, as far as known."""
+        rows = {
+            axis
+            for number, each in self.arguments.items()
+            if each.kind == "batch"
+            for axis in self.axes_of(number) or ()
+        }
+        return tuple(axis for axis in self.sizes if axis in rows)
+
     @ft.cached_property
     def varying(self) -> Varying:
         """Over which axes each value differs."""
@@ -190,7 +209,7 @@ class Evidence:
         for number, op in self.flow.arguments.items():
             if number in taken or last is None or not op.shapes or not op.shapes[0].dims:
                 continue
-            for result in self.flow.follow(Value(op.computation, op.name), _elementwise(op.shapes[0].size)).outputs:
+            for result in self.flow.follow(Value(op.computation, op.name), elementwise(op.shapes[0].size)).outputs:
                 if result not in found and result < len(last.shapes) and last.shapes[result] == op.shapes[0]:
                     found[result] = number
                     break
@@ -218,24 +237,27 @@ class Evidence:
 
     # Places and weights.
 
-    def leaf_of(self, transfer: Transfer) -> Argument | None:
-        """The argument that a collective reads a piece of, or whose next value its result becomes part of."""
+    def leaf_of(self, transfer: Transfer, tensor: Collective | None = None) -> Argument | None:
+        """The argument that a collective reads a piece of, or whose next value its result becomes part of.
+
+        Of its largest tensor, or of the one given.
+        """
         number = self.pieces.get(transfer.op.name)
         if number is None:
-            part = transfer.tensors.index(transfer.first) if len(transfer.tensors) > 1 else None
+            part = transfer.tensors.index(tensor or transfer.first) if len(transfer.tensors) > 1 else None
             start = Value(transfer.op.computation, transfer.op.name, part)
-            trail = self.flow.follow(start, _elementwise(0))
+            trail = self.flow.follow(start, elementwise(0))
             reached = [self.updated[result] for result in trail.outputs if result in self.updated]
             parameters = [each for each in reached if self.arguments[each].kind in ("parameter", "frozen")]
             number = next(iter(parameters or reached), None)
         return None if number is None else self.arguments[number]
 
-    def place(self, transfer: Transfer) -> str:
-        """Where in the model and in the author's code."""
-        first, row = transfer.first, transfer.row
-        leaf = self.leaf_of(transfer)
-        path = leaf.path if leaf else row.path if row else self.paths.of(first.op_name).path
-        return at(path, first.source)
+    def place(self, transfer: Transfer, tensor: Collective | None = None) -> str:
+        """Where in the model and in the author's code; of its largest tensor, or of the one given."""
+        moved, row = tensor or transfer.first, transfer.row
+        leaf = self.leaf_of(transfer, moved)
+        path = leaf.path if leaf else row.path if row and tensor is None else self.paths.of(moved.op_name).path
+        return at(path, moved.source)
 
     @ft.cached_property
     def total_bytes(self) -> int:
@@ -316,7 +338,7 @@ _ARITHMETIC = frozenset({
 _MOVED = frozenset({"dynamic-update-slice", "slice", "dynamic-slice", "pad", "concatenate"})
 
 
-def _elementwise(size: int):  # noqa: ANN202
+def elementwise(size: int) -> Through:
     """Follow an array through arithmetic that keeps its `size`, 0 for any; it may be put into a larger one."""
 
     def through(op: Op, index: int) -> bool:

@@ -1,10 +1,12 @@
 """What is held or computed once more on each device along an axis, though the axis could split it."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
+from ._compiled import Argument
 from ._evidence import HEAVY, Evidence, at, named, severity
 from ._finding import Finding
+from ._remedies import axis_to_split, fsdp, mesh, zero
 from ._units import size_text
 from ._varying import bits_of
 
@@ -15,6 +17,7 @@ def unused_axes(seen: Evidence) -> Iterator[Finding]:
         size = seen.sizes[axis]
         others = {name: count for name, count in seen.sizes.items() if name != axis}
         grown = max(others, key=lambda name: others[name], default="data")
+        smaller = {**others, grown: others.get(grown, 1) * size}
         yield Finding(
             kind="unused-axis",
             severity="warning",
@@ -24,7 +27,7 @@ def unused_axes(seen: Evidence) -> Iterator[Finding]:
             ),
             place="",
             remedy=(
-                f"Make the mesh without it, jp.mesh({grown}={others.get(grown, 1) * size}), or give it a strategy: "
+                f"Make the mesh without it, {mesh(smaller)}, or give it a strategy: "
                 f'jp.DP(axis="{axis}") splits the batch over it, jp.FSDP(axis="{axis}") the parameters too.'
             ),
         )
@@ -55,15 +58,15 @@ def replicated(seen: Evidence) -> Iterator[Finding]:
                 severity="warning" if not limit or saved >= HEAVY * limit else "note",
                 reason=(
                     f"{alike[number].path} is whole on every device, {size_text(size)}, {size / total:.0%} of all that "
-                    f"the step is given. Others of its kind are split over {named(axes)}, which could split it into "
-                    f"{ways}: {size_text(saved)} less on each device."
+                    f"the step is given. Others of its kind are split over {named(axes)}, which would make it "
+                    f"{size_text(size - saved)} on each device.{_why_whole(seen, alike[number].path)}"
                 ),
                 place=alike[number].path,
-                remedy=_split(alike[number].path, kind, axes),
+                remedy=_split(seen, alike[number].path, kind, axes),
                 bytes=int(saved),
             )
         if not split and limit:
-            yield from _all_whole(seen, kind, sum(each.bytes for each in alike.values()), limit)
+            yield from _all_whole(seen, kind, tuple(alike.values()), limit)
 
 
 def repeated(seen: Evidence) -> Iterator[Finding]:
@@ -123,32 +126,45 @@ def _unused(seen: Evidence) -> list[str]:
     return [axis for axis in seen.sizes if not used & bits_of(seen.mesh, (axis,))]
 
 
-def _split(path: str, kind: str, axes: tuple[str, ...]) -> str:
+def _why_whole(seen: Evidence, path: str) -> str:
+    """What the plan says of a leaf that it leaves whole."""
+    record = seen.plan.records.get(path) if seen.plan is not None else None
+    said = "; ".join(f"{label}: {why}" for label, why in record.reasons) if record is not None else ""
+    return f" The plan says of it: {said}." if said else ""
+
+
+def _split(seen: Evidence, path: str, kind: str, axes: tuple[str, ...]) -> str:
     if kind == "optimizer":
-        return f'jp.ZeRO(1, axis="{axes[0]}") splits optimiser state over {named(axes[:1])}.'
+        return f"{zero(axes[0])} splits optimiser state over {named(axes[:1])}."
+    if set(axes) & set(seen.batch_axes):
+        return (
+            f"{fsdp(seen, axes[0])} takes every matrix of at least min_bytes that its whole= does not name: lower the "
+            f"one, or take {path} out of the other."
+        )
     return (
-        f"Give {path} a rule: jp.TP(vocab=[...]) for an embedding or an output matrix, column= or row= for any other; "
-        "or let jp.FSDP take it, whose whole= and min_bytes leave some as they are."
+        f'Give {path} a rule: jp.TP(vocab=["{path}"], axis="{axes[0]}") for an embedding or an output matrix, column= '
+        "or row= for any other."
     )
 
 
-def _all_whole(seen: Evidence, kind: str, size: int, limit: int) -> Iterator[Finding]:
+def _all_whole(seen: Evidence, kind: str, alike: Sequence[Argument], limit: int) -> Iterator[Finding]:
     """Optimiser state, or parameters, whole everywhere: data parallelism, dear where they fill the memory."""
-    axis = max(seen.sizes, key=lambda name: seen.sizes[name], default="")
+    size, axis = sum(each.bytes for each in alike), axis_to_split(seen, kind)
     if not axis or size < _DEAR * limit or any(number not in seen.argument_axes for number in seen.arguments):
         return
-    saved = size * (1 - 1 / seen.sizes[axis])
-    what = "optimiser state" if kind == "optimizer" else "parameters"
+    after = size / seen.sizes[axis]
+    largest = max(alike, key=lambda each: each.bytes)
+    what = "optimiser state is" if kind == "optimizer" else "parameters are"
     yield Finding(
         kind="replicated",
         severity="note",
         reason=(
-            f"All {what} are whole on every device: {size_text(size)}, {size / limit:.0%} of its memory; split over "
-            f"'{axis}' they would take {size_text(saved)} less."
+            f"All {what} whole on every device: {size_text(size)}, {size / limit:.0%} of its memory, the largest "
+            f"{largest.path} with {size_text(largest.bytes)}. Split over '{axis}' that would be {size_text(after)}."
         ),
-        place="",
-        remedy=f'jp.ZeRO(1, axis="{axis}")' if kind == "optimizer" else f'jp.FSDP(axis="{axis}")',
-        bytes=int(saved),
+        place=largest.path,
+        remedy=f"{zero(axis) if kind == 'optimizer' else fsdp(seen, axis)}.",
+        bytes=int(size - after),
     )
 
 

@@ -193,9 +193,27 @@ def _where(seen: Evidence, line: str) -> str:
         return at(seen.paths.of(name.group(1)).path if name else "", f"{file.group(1)}:{number.group(1)}")
     if name is None:
         return ""
-    alike = (op for op in seen.flow.by_name.values() if f'op_name="{name.group(1)}"' in op.attributes)
-    source = next((found for op in alike if (found := seen.module.origin(op)[1])), "")
-    return at(seen.paths.of(name.group(1)).path, source or name.group(1))
+    origin = seen.paths.of(name.group(1))
+    return at(origin.path, _source_of(seen, name.group(1))) or origin.primitive
+
+
+def _source_of(seen: Evidence, name: str) -> str:
+    """The line of an operation that may be gone: its own, or of what is left of its module and primitive, or module."""
+    origin = seen.paths.of(name)
+    sources: list[str] = ["", "", ""]
+    for op in seen.flow.by_name.values():
+        found = re.search(r'op_name="([^"]*)"', op.attributes)
+        if found is None:
+            continue
+        other = seen.paths.of(found.group(1))
+        if found.group(1) == name:
+            nearness = 0
+        elif origin.path and other.path == origin.path:
+            nearness = 1 if other.primitive == origin.primitive else 2
+        else:
+            continue
+        sources[nearness] = sources[nearness] or seen.module.origin(op)[1]
+    return next(filter(None, sources), "")
 
 
 def _done(seen: Evidence, op: Op) -> Op:

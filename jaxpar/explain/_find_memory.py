@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from ._evidence import Evidence, are, at, counted
 from ._finding import Finding
 from ._memory import Held
+from ._remedies import axis_to_split, fsdp, zero
 from ._units import size_text
 
 
@@ -90,10 +91,10 @@ def _change_that_fits(seen: Evidence, held: list[Held], excess: int) -> str:
 
 def _changes(seen: Evidence, by_kind: dict[str, int]) -> Iterator[tuple[int, str]]:
     """What would save memory, and how much of it, the least intrusive first."""
-    whole = {kind: _axis_that_splits_none(seen, kind) for kind in ("optimizer", "parameter")}
+    whole = {kind: axis_to_split(seen, kind) for kind in ("optimizer", "parameter")}
     activations = by_kind.get("activation", 0)
     if axis := whole["optimizer"]:
-        yield _less(by_kind.get("optimizer", 0), seen.sizes[axis]), f'jp.ZeRO(1, axis="{axis}")'
+        yield _less(by_kind.get("optimizer", 0), seen.sizes[axis]), zero(axis)
     if activations:
         yield _less(activations, 2), "jp.value_and_grad(loss, accumulate=2)"
         yield _less(activations, 4), "jp.value_and_grad(loss, accumulate=4)"
@@ -101,30 +102,8 @@ def _changes(seen: Evidence, by_kind: dict[str, int]) -> Iterator[tuple[int, str
         yield _less(activations, 8), "jp.value_and_grad(loss, accumulate=8)"
     if axis := whole["parameter"]:
         state = sum(by_kind.get(kind, 0) for kind in ("parameter", "optimizer", "gradient"))
-        yield _less(state, seen.sizes[axis]), f'jp.FSDP(axis="{axis}")'
+        yield _less(state, seen.sizes[axis]), fsdp(seen, axis)
 
 
 def _less(size: int, parts: int) -> int:
     return int(size * (1 - 1 / parts))
-
-
-def _axis_that_splits_none(seen: Evidence, kind: str) -> str:
-    """The largest axis over which everything of a kind is whole; `""` if there is none, or that is not known."""
-    split: set[str] = set()
-    alike = [number for number, each in seen.arguments.items() if each.kind == kind]
-    for number in alike:
-        axes = _axes_of(seen, number)
-        if axes is None:
-            return ""
-        split.update(axes)
-    whole = [axis for axis in seen.sizes if axis not in split] if alike else []
-    return max(whole, key=lambda axis: seen.sizes[axis], default="")
-
-
-def _axes_of(seen: Evidence, number: int) -> tuple[str, ...] | None:
-    """The axes that split an argument: as told, for of a program that was refused there is no text to ask."""
-    told = seen.arguments[number].axes
-    if told is not None:
-        return told
-    bits = seen.argument_axes.get(number)
-    return None if bits is None else seen.varying.axes(bits)

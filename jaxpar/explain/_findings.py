@@ -20,6 +20,7 @@ _DETECTORS: tuple[Callable[[Evidence], Iterator[Finding]], ...] = (
     _find_branches.collectives_in_branches,
     _find_memory.over_limit,
     _find_loops.reductions_in_loops,
+    _find_loops.reductions_added_up,
     _find_gathers.gathered_whole,
     _find_gathers.rematerialised,
     _find_gathers.activations_gathered,

@@ -5,7 +5,8 @@ one line, the body of a loop and each branch where they are called, and every ar
 buffer that lives from there to its last use. What XLA keeps in one place is one buffer: what a loop carries (its input,
 the body's parameter and result, its output), results that are donated arguments, tuples and bitcasts, the two halves of
 an asynchronous operation, an update in place. An elementwise result takes the place of an operand of its size that
-nothing reads again, as XLA's buffer assignment lets it.
+nothing reads again, as XLA's buffer assignment lets it; others the place of a donated argument, until its next value is
+made.
 
 What XLA's own assignment does beyond that (fragmentation, scratch of kernels) the text does not show.
 """
@@ -151,9 +152,10 @@ class _Walk:
         found = {id(buffer): buffer for buffer in map(self._find, range(len(self.parent)))}
         for buffer in found.values():
             if buffer.argument >= 0:
-                buffer.start, buffer.end = 0, last  # nothing else is put where an argument lies
+                buffer.start, buffer.end = 0, last
             elif buffer.result:
                 buffer.end = last
+        _lend(list(found.values()))
         return Liveness(list(found.values()), last)
 
     def _aliasing(self) -> str:
@@ -408,6 +410,32 @@ class _Walk:
                     return False
                 waiting.append(user)
         return True
+
+
+def _lend(buffers: list[Buffer]) -> None:
+    """Put others where a donated argument lies, from its last reading until its next value is made there.
+
+    As XLA's buffer assignment does: large ones first, each into the smallest place that is free for all of its life.
+    """
+    places = sorted(
+        ((each.bytes, each.space, gap, []) for each in buffers if (gap := _unused(each))), key=lambda place: place[0]
+    )
+    own = [each for each in buffers if each.bytes and each.argument < 0 and not each.result]
+    for each in sorted(own, key=lambda each: -each.bytes):
+        for size, space, (last, first), lent in places:
+            fits = each.bytes <= size and each.space == space and last < each.start and each.end < first
+            if fits and all(each.end < start or end < each.start for start, end in lent):
+                lent.append((each.start, each.end))
+                each.bytes = 0
+                break
+
+
+def _unused(buffer: Buffer) -> tuple[int, int] | None:
+    """When a donated argument is read for the last time, and when its next value is made."""
+    made = min((at for at, _ in buffer.makers if at > 0), default=0)
+    if buffer.argument < 0 or not buffer.result or any(at == made for at, _ in buffer.readers):
+        return None  # not donated; or its next value is made in place
+    return max((at for at, _ in buffer.readers if at < made), default=0), made
 
 
 def _alike(stored: Stored | None, other: Stored) -> bool:

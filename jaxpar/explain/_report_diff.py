@@ -14,8 +14,10 @@ if TYPE_CHECKING:
     from ._report import Report
 
 _HOW = "how it was made"
-_MOST = 14
+MOST = 14
 """Rows of a section that are printed."""
+
+TITLES = ("", "", "this", "other", "")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,12 +44,22 @@ class Change:
         numbers = [isinstance(each, int | float) for each in (self.mine, self.theirs)]
         return self.theirs / self.mine if all(numbers) and self.mine else None
 
+    def cells(self) -> tuple[str, str, str, str]:
+        """In words: the thing, both figures, and how they compare."""
+        return self.what, _said(self.mine, self.unit), _said(self.theirs, self.unit), _percent(self.ratio)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Difference:
-    """What two reports say otherwise. Prints as a table; false if there is nothing."""
+    """What two reports say otherwise. Prints as a table, in a notebook too; false if there is nothing.
+
+    Attributes:
+        changes: In the order of a report's sections.
+        axes: Of both meshes, as they are coloured.
+    """
 
     changes: tuple[Change, ...]
+    axes: tuple[str, ...] = ()
 
     def __bool__(self) -> bool:
         return bool(self.changes)
@@ -57,18 +69,27 @@ class Difference:
             return "the two reports say the same"
         return "\n".join(columns(self.rows(), right=(2, 3, 4)))
 
+    def _repr_html_(self) -> str:
+        from . import _report_html
+
+        return _report_html.difference(self)
+
     def rows(self) -> list[tuple[str, ...]]:
         """The table, its titles first; of each section the first changes, and how many more."""
-        found = [("", "", "this", "other", "")]
-        for section in dict.fromkeys(change.section for change in self.changes):
-            changes = [change for change in self.changes if change.section == section]
-            for place, change in enumerate(changes[:_MOST]):
-                mine, theirs = (shortened(_said(each, change.unit), 24) for each in (change.mine, change.theirs))
+        found = [TITLES]
+        for section, changes in self.sections().items():
+            for place, change in enumerate(changes[:MOST]):
+                what, mine, theirs, percent = change.cells()
                 first = section if place == 0 else ""
-                found.append((first, shortened(change.what, 44), mine, theirs, _percent(change.ratio)))
-            if len(changes) > _MOST:
-                found.append(("", f"and {len(changes) - _MOST} more", "", "", ""))
+                found.append((first, shortened(what, 44), shortened(mine, 24), shortened(theirs, 24), percent))
+            if len(changes) > MOST:
+                found.append(("", f"and {len(changes) - MOST} more", "", "", ""))
         return found
+
+    def sections(self) -> dict[str, tuple[Change, ...]]:
+        """The changes of each section."""
+        names = dict.fromkeys(change.section for change in self.changes)
+        return {name: tuple(change for change in self.changes if change.section == name) for name in names}
 
 
 def difference(mine: "Report", theirs: "Report") -> Difference:
@@ -85,7 +106,7 @@ def difference(mine: "Report", theirs: "Report") -> Difference:
             for field in dataclasses.fields(mine)
             if not _same(getattr(mine, field.name), getattr(theirs, field.name))
         ]
-    return Difference(changes=tuple(changes))
+    return Difference(changes=tuple(changes), axes=tuple(dict.fromkeys([*mine.axes, *theirs.axes])))
 
 
 def _how(mine: "Report", theirs: "Report") -> Iterator[Change]:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from .. import _draw_scene as scenes, _palette
 from .._draw_scene import Scene
 from . import _report_draw as pictures, _report_tables as tables
+from ._report_diff import MOST, TITLES, Difference
 from ._report_tables import Bar, Part, Table
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ _STYLE = """
 .jaxpar-report th{font-weight:normal;opacity:.65;white-space:nowrap;border-bottom:1px solid}
 .jaxpar-report tr{background:none}
 .jaxpar-report td{overflow-wrap:anywhere}
+.jaxpar-report td:not([class]){min-width:6em}
 .jaxpar-report td{border-bottom:1px solid #8883}
 .jaxpar-report .n{text-align:right;white-space:nowrap;font-variant-numeric:tabular-nums}
 .jaxpar-report .k{white-space:nowrap}
@@ -99,6 +101,21 @@ def body(report: "Report") -> str:
     return "\n".join([*lines, "</div>"])
 
 
+def difference(found: Difference) -> str:
+    """What two reports say otherwise, as a piece of a page: a table for each section."""
+    lines = [f"<style>\n{_STYLE}\n</style>", '<div class="jaxpar-report">']
+    for section, changes in found.sections().items():
+        rows = tuple(change.cells() for change in changes)
+        table = Table(titles=TITLES[1:], rows=rows, right=(1, 2, 3), paths=(0,))
+        lines.append(f"<h3>{html.escape(section)}</h3>")
+        if len(rows) <= MOST:
+            lines.append(_table(table, found.axes))
+            continue
+        few = dataclasses.replace(table, rows=rows[:MOST], rest=f"and {len(rows) - MOST} more")
+        lines += [_table(few, found.axes), *_folded_away(table, found.axes, "difference.changes has them")]
+    return "\n".join([*lines, *([] if found else [_said(str(found))]), "</div>"])
+
+
 def _figure(what: str, figure: str, aside: str) -> str:
     said = f'<span class="said">{html.escape(aside)}</span>'
     return f"<div>{html.escape(what)}<b>{html.escape(figure)}</b>{said}</div>"
@@ -153,17 +170,15 @@ def _cell(cell: str | Bar, style: str, axes: Collection[str]) -> str:
 def _everything(part: Part, everything: Part, axes: Collection[str]) -> list[str]:
     """The whole tables, folded away, where they say more than the short ones."""
     longer = [table for table in everything.tables if table not in part.tables]
-    lines = []
-    for table in longer:
-        number = len(table.rows)
-        cut = dataclasses.replace(table, rows=table.rows[:_MOST_ROWS])
-        rest = (
-            f"and {number - _MOST_ROWS} smaller ones: report.table({part.name!r}) has them"
-            if number > _MOST_ROWS
-            else ""
-        )
-        lines += [f"<details><summary>all {number:,} rows</summary>", _table(cut, axes, rest), "</details>"]
-    return lines
+    where = f"report.table({part.name!r}) has them"
+    return [line for table in longer for line in _folded_away(table, axes, where)]
+
+
+def _folded_away(table: Table, axes: Collection[str], where: str) -> list[str]:
+    number = len(table.rows)
+    cut = dataclasses.replace(table, rows=table.rows[:_MOST_ROWS])
+    rest = f"and {number - _MOST_ROWS} more: {where}" if number > _MOST_ROWS else ""
+    return [f"<details><summary>all {number:,} rows</summary>", _table(cut, axes, rest), "</details>"]
 
 
 def _findings(part: Part) -> list[str]:

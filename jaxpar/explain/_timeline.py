@@ -223,8 +223,10 @@ class _Schedule:
         if groups is None:
             self.notes.append(f"{place[1]}: which devices it joins cannot be read; it is taken to take no time")
             return None
-        sliced = any(each.spelling.endswith("and slice") for each in tensors)
-        kind = "all-reduce" if sliced else max(tensors, key=lambda each: each.bytes).kind
+        whole = any(
+            " and " in each.spelling for each in tensors
+        )  # spelt as an all-reduce with a slice: it moves as one
+        kind = "all-reduce" if whole else max(tensors, key=lambda each: each.bytes).kind
         found = _Load(
             place=place,
             kind=kind,

@@ -163,6 +163,16 @@ def test_without_a_compiler_the_remedy_is_said(monkeypatch, tmp_path):
             jp.explain(jnp.sum, x, on=mesh)
 
 
+def test_what_a_killed_process_left_goes_after_a_day(tmp_path):
+    """An entry in the making is another process's, unless it is older than any compilation."""
+    for name, hours in {".part-killed": 25, ".part-running": 23, "made": 1000}.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "log").write_bytes(b"")
+        os.utime(tmp_path / name, (time.time() - 3600 * hours,) * 2)
+    _child._prune(pathlib.Path(tmp_path), tmp_path / "made")
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == [".part-running", "made"]
+
+
 def test_what_was_used_longest_ago_goes_first(tmp_path, monkeypatch):
     for age, name in enumerate(["new", "middle", "old"]):
         (tmp_path / name).mkdir()

@@ -15,32 +15,10 @@ import jaxpar as jp
 from jaxpar import testing
 from jaxpar.explain._expected import expected
 from tests import _programs
+from tests._residual import BLOCKS, DEPTH, DIM, FIRST, HIDDEN, INPUTS, MATRIX, TOKENS, TP, make
 
-DIM, HIDDEN, INPUTS, DEPTH, TOKENS = 64, 256, 48, 3, 32
-MATRIX, FIRST = DIM * HIDDEN * 4, INPUTS * DIM * 4  # bytes of one block's up or down, and of the first matrix
 GATHER, REDUCE, SCATTER = "all-gather", "all-reduce", "reduce-scatter"
 LOSS, NORM = "sum of the loss or of its weight", "norm, of leaves that are cut over these axes"
-
-
-class Block(nnx.Module):
-    def __init__(self, rngs):
-        self.up = nnx.Linear(DIM, HIDDEN, use_bias=False, rngs=rngs)
-        self.down = nnx.Linear(HIDDEN, DIM, use_bias=False, rngs=rngs)
-
-    def __call__(self, x):
-        return x + self.down(jnp.tanh(self.up(x)))
-
-
-class Model(nnx.Module):
-    def __init__(self, rngs):
-        self.inp = nnx.Linear(INPUTS, DIM, use_bias=False, rngs=rngs)
-        self.blocks = nnx.List([Block(rngs) for _ in range(DEPTH)])
-
-    def __call__(self, x):
-        x = self.inp(x)
-        for block in self.blocks:
-            x = block(x)
-        return x
 
 
 def square(model, x):
@@ -51,8 +29,6 @@ def narrow(model, x):
     return jnp.mean(model(x.astype(jnp.bfloat16)).astype(jnp.float32) ** 2)
 
 
-TP = jp.TP(column="*.up", row="*.down")
-BLOCKS = jp.FSDP(blocks="blocks.*")
 EVERY = {MATRIX: 2 * DEPTH, FIRST: 1}  # how many matrices of which size
 
 
@@ -72,13 +48,15 @@ D, F, T = ("data",), ("fsdp",), ("tensor",)
 HALVES = {MATRIX // 2: 2 * DEPTH, FIRST: 1}  # of which each of two tensor devices has its half; the first is whole
 ACTIVATIONS = 2 * DEPTH  # rows sum their outputs, columns the gradient of their inputs
 LAYERS = "of each layer"
+BACKWARD, AFTER = "gradient, backward pass", "gradient, after the backward pass"
+OWN = "gradient, before the update, of which each device does its part"
 
 BLOCK_WORDS = {
     "weight, forward pass",
     f"weight, forward pass {LAYERS}",
     f"weight, backward pass {LAYERS}, which computes the block again",
     f"gradient, backward pass {LAYERS}",
-    "gradient, backward pass",
+    BACKWARD,
     LOSS,
 }
 
@@ -88,25 +66,25 @@ PROGRAMS = {
         {"data": 8},
         [jp.DP()],
         each(REDUCE, D, EVERY) | loss(D),
-        {"gradient, backward pass", LOSS},
+        {AFTER, LOSS},
     ),
     "zero 1": (
         {"data": 8},
         [jp.ZeRO(1)],
         each(SCATTER, D, EVERY) | each(GATHER, D, EVERY) | loss(D),
-        {"gradient, backward pass", "update, after the update", LOSS},
+        {OWN, "update, after the update", LOSS},
     ),
     "zero 2": (
         {"data": 8},
         [jp.ZeRO(2)],
         each(SCATTER, D, EVERY) | each(GATHER, D, EVERY) | loss(D),
-        {"gradient, backward pass", "update, after the update", LOSS},
+        {BACKWARD, "update, after the update", LOSS},
     ),
     "fsdp": (
         {"fsdp": 8},
         [jp.FSDP()],
         each(GATHER, F, EVERY) | each(SCATTER, F, EVERY) | loss(F),
-        {"weight, forward pass", "gradient, backward pass", LOSS},
+        {"weight, forward pass", BACKWARD, LOSS},
     ),
     "fsdp blocks": (
         {"fsdp": 8},
@@ -122,7 +100,7 @@ PROGRAMS = {
             "weight, forward pass",
             f"weight, forward pass {LAYERS}",
             f"gradient, backward pass {LAYERS}",
-            "gradient, backward pass",
+            BACKWARD,
             LOSS,
         },
     ),
@@ -139,7 +117,7 @@ PROGRAMS = {
         {
             "activation, forward pass",
             "activation, backward pass, once for all matrices that read the same activation",
-            "gradient, backward pass",
+            AFTER,
             LOSS,
         },
     ),
@@ -154,7 +132,7 @@ PROGRAMS = {
             "weight, forward pass",
             "activation, forward pass",
             "activation, backward pass, once for all matrices that read the same activation",
-            "gradient, backward pass",
+            BACKWARD,
             LOSS,
         },
     ),
@@ -175,7 +153,7 @@ PROGRAMS = {
         {"data": 2, "fsdp": 4},
         [jp.DP(), jp.FSDP()],
         each(GATHER, F, EVERY) | each(SCATTER, F, EVERY) | each(REDUCE, D, scaled(EVERY, 1 / 4)) | loss((*D, *F)),
-        {"weight, forward pass", "gradient, backward pass", LOSS},
+        {"weight, forward pass", BACKWARD, AFTER, LOSS},
     ),
     "dp fsdp blocks": (
         {"data": 2, "fsdp": 4},
@@ -184,7 +162,7 @@ PROGRAMS = {
         | each(SCATTER, F, EVERY)
         | each(REDUCE, D, scaled(EVERY, 1 / 4))
         | loss((*D, *F)),
-        BLOCK_WORDS,
+        BLOCK_WORDS | {AFTER},
     ),
     "dp fsdp tp blocks": (
         {"data": 2, "fsdp": 2, "tensor": 2},
@@ -195,8 +173,9 @@ PROGRAMS = {
         | each(REDUCE, D, {MATRIX // 4: 2 * DEPTH})
         | each(REDUCE, (*D, *F), {FIRST: 1})  # whole, as tensor splits neither it nor the batch: `gradient_route`
         | loss((*D, *F)),
-        BLOCK_WORDS
+        (BLOCK_WORDS - {BACKWARD})
         | {
+            AFTER,
             f"activation, forward pass {LAYERS}",
             f"activation, backward pass {LAYERS}, once for all matrices that read the same activation",
         },
@@ -224,7 +203,7 @@ class Compiled:
 
 
 def compile_step(axes, strategies, *, grad=None, function=square, tx=None, **options):
-    plan = jp.plan(Model_of, jp.mesh(**axes), strategies, **options)
+    plan = jp.plan(make, jp.mesh(**axes), strategies, **options)
     model = plan.init()
     optimizer = nnx.Optimizer(model, tx or optax.adam(1e-3), wrt=nnx.Param)
     grad = grad or nnx.value_and_grad(function)
@@ -244,10 +223,6 @@ def words_of(found, plan, **options):
     return {name: each.words for (_, name), each in expected(found, plan, **options).items()}
 
 
-def Model_of():  # noqa: N802  # the factory of `Model`
-    return Model(nnx.Rngs(0))
-
-
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_collectives_are_those_derived_by_hand_and_moves_of_the_plan(name):
     axes, strategies, moved, said = PROGRAMS[name]
@@ -260,14 +235,14 @@ def test_narrow_weights_are_gathered_narrow_and_reduced_wide():
     compiled = compile_step({"fsdp": 8}, [jp.FSDP()], function=narrow, precision=jp.Precision(compute="bfloat16"))
     gathered = {key: count for key, count in compiled.moved.items() if key[0] == SCATTER}
     assert gathered == each(SCATTER, F, EVERY)
-    assert compiled.said == {"weight, forward pass", "gradient, backward pass", LOSS}
+    assert compiled.said == {"weight, forward pass", BACKWARD, LOSS}
 
 
 def test_accumulation_over_replicas_reduces_once():
     grad = jp.value_and_grad(square, accumulate=4)
     compiled = compile_step({"data": 8}, [jp.DP()], grad=grad)
     assert compiled.moved == each(REDUCE, D, EVERY) | loss(D, 2)
-    assert compiled.said == {"gradient, backward pass", LOSS}
+    assert compiled.said == {AFTER, LOSS}
 
 
 def test_accumulation_over_shards_gathers_and_scatters_each_microbatch():

@@ -180,6 +180,22 @@ def test_reports_of_two_meshes_differ(decoder):
     assert max(map(len, str(decoder.diff(REPORTS["llama_70b"])).splitlines())) <= 125
 
 
+def test_a_difference_is_a_table_in_a_notebook_too(decoder):
+    """All that the text says and what it leaves out, in the style of a report."""
+    other = REPORTS["llama_70b"]
+    difference = decoder.diff(other)
+    page = difference._repr_html_()
+    assert page.count("<h3>") == len(difference.sections())
+    assert "more</p>" in page  # longer than what is shown at first
+    assert page.count("<details>") == sum(len(each) > 14 for each in difference.sections().values())
+    first = difference.changes[0]
+    assert f"<td>{first.what}</td>" in page
+    assert "border-bottom:3px" in page  # axes have their colours
+    assert len(page) < 200_000
+    assert not Page(page).open
+    assert "the two reports say the same" in decoder.diff(decoder)._repr_html_()
+
+
 # Text
 
 
