@@ -48,7 +48,7 @@ class Leaf:
 
     def on_host(self) -> np.ndarray:
         """What to ask of the store for its bits in host memory."""
-        shape, kind = self.stored or (self.shape, self.kind)
+        shape, kind = self.stored or (self.shape or (), self.kind)
         return np.empty(shape, jnp.dtype(kind))
 
     @property
