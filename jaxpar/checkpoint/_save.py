@@ -89,9 +89,10 @@ def _finish_all() -> None:
             _log.error("%s", error)
 
 
-# A script may end without waiting. Once the main thread has ended, no executor starts anything, and Orbax, which uses
-# them in the background, loses the save and holds up the exit for five minutes (seen with 0.12.8). `atexit` comes too
-# late for that; the hook of `concurrent.futures` itself is private. Hooks run in reverse, so ours comes before it.
+# A script may end without waiting. Once its main thread has ended, no executor starts anything, and Orbax, which uses
+# them in the background, loses the save in silence and holds up the exit for five minutes (seen with 0.12.8). `atexit`
+# comes too late; the hook of `concurrent.futures` itself is private, and hooks run in reverse, so ours comes before it.
+# Python 3.11 then finishes the save. 3.12 starts no thread any more, so it is lost at once, and said to be.
 threading._register_atexit(_finish_all)  # noqa: SLF001  # pyright: ignore[reportAttributeAccessIssue]
 
 
@@ -139,7 +140,8 @@ def save_async(
 ) -> Saving:
     """As `save`, but return once every array has been copied to host memory; writing goes on in the background.
 
-    Costs host memory for this process's shards until it is written. The arrays may be donated at once.
+    Costs host memory for this process's shards until it is written. The arrays may be donated at once. Wait for it
+    before the script ends: from Python 3.12 on, what is then still under way is lost, and an error says so.
 
     Raises:
         CheckpointError: As `save`; a failure to write is raised by `wait`.

@@ -244,10 +244,14 @@ def test_a_failed_save_leaves_nothing(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_script_that_does_not_wait_is_saved(child_env, tmp_path):
+def test_a_script_that_does_not_wait_is_saved_or_told(child_env, tmp_path):
+    """It ends soon, and no step is lost in silence. Python 3.12 starts no thread once the main thread has ended."""
     script = "import sys, jax.numpy as jnp, jaxpar; jaxpar.checkpoint.save_async(sys.argv[1], 1, {'w': jnp.ones(3)})"
-    subprocess.run([sys.executable, "-c", script, tmp_path], env=child_env, check=True)
-    assert checkpoint.verify(tmp_path) == [1]
+    command = [sys.executable, "-c", script, tmp_path]
+    done = subprocess.run(command, env=child_env, capture_output=True, text=True, timeout=240, check=True)
+    told = f"Step 1 could not be saved at {tmp_path}/1: " in done.stderr
+    assert checkpoint.verify(tmp_path) == ([] if told else [1])
+    assert not told or sys.version_info >= (3, 12)
 
 
 def test_orbax_reads_it(whole):
