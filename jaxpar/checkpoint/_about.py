@@ -48,7 +48,7 @@ class Leaf:
 
     def on_host(self) -> np.ndarray:
         """What to ask of the store for its bits in host memory."""
-        shape, kind = self.stored or (self.shape, self.kind)
+        shape, kind = self.stored or (self.shape or (), self.kind)
         return np.empty(shape, jnp.dtype(kind))
 
     @property
@@ -107,7 +107,7 @@ def read(path: pathlib.Path) -> About:
             f"{path} was not written by this version of jaxpar.checkpoint (format {found}, this one reads {FORMAT}). "
             "Load it with what wrote it, and save it again."
         )
-    fields = {field.name: written.get(field.name) for field in dataclasses.fields(About)}
+    fields: dict[str, Any] = {field.name: written.get(field.name) for field in dataclasses.fields(About)}
     wrong = [name for name, value in fields.items() if not isinstance(value, str if name == "saved" else dict)]
     if wrong:
         raise ValueError(f"{', '.join(wrong)}: missing, or not what a checkpoint has there")
@@ -173,14 +173,14 @@ def _leaf_from_json(name: str, written: Any) -> Leaf:
     """A leaf; a checkpoint may come from anybody, so what no array can be is refused here."""
     if isinstance(written, str):
         return Leaf(kind=written)
+    wrong = ValueError(f"{name}: {written!r} is not the shape and dtype of an array")
     try:
         shape, kind, *stored = written
         leaf = Leaf(kind=kind, shape=tuple(shape), stored=(tuple(stored[0]), stored[1]) if stored else None)
         sizes, dtype = leaf.stored or (leaf.shape or (), leaf.kind)
         is_array = not jnp.dtype(dtype).hasobject and re.fullmatch("[a-z0-9_]+", dtype)
-        is_array = is_array and all(isinstance(size, int) and size >= 0 for size in (*sizes, *(leaf.shape or ())))
     except (TypeError, ValueError, IndexError):
-        is_array = False
-    if not is_array:
-        raise ValueError(f"{name}: {written!r} is not the shape and dtype of an array")
+        raise wrong from None
+    if not is_array or not all(isinstance(size, int) and size >= 0 for size in (*sizes, *(leaf.shape or ()))):
+        raise wrong
     return leaf

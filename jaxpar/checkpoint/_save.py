@@ -10,7 +10,7 @@ hashed, flushed to the disk, and appears by one rename:
     100/                            one rename; a process killed at any instant leaves either all of it or nothing
 """
 
-import concurrent.futures.thread  # noqa: F401  # its hook at exit must be registered before ours
+import atexit
 import dataclasses
 import datetime as dt
 import logging
@@ -81,18 +81,14 @@ _log = logging.getLogger("jaxpar")
 _under_way: set[Saving] = set()
 
 
-def _finish_all() -> None:
+@atexit.register  # by then the threads have ended
+def _tell() -> None:
+    """Say what was lost of saves that nobody waited for."""
     for each in list(_under_way):
         try:
             each.wait()
-        except CheckpointError as error:  # nobody else will hear of it
+        except CheckpointError as error:
             _log.error("%s", error)
-
-
-# A script may end without waiting. Once the main thread has ended, no executor starts anything, and Orbax, which uses
-# them in the background, loses the save and holds up the exit for five minutes (seen with 0.12.8). `atexit` comes too
-# late for that; the hook of `concurrent.futures` itself is private. Hooks run in reverse, so ours comes before it.
-threading._register_atexit(_finish_all)  # noqa: SLF001  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def save(
@@ -139,7 +135,9 @@ def save_async(
 ) -> Saving:
     """As `save`, but return once every array has been copied to host memory; writing goes on in the background.
 
-    Costs host memory for this process's shards until it is written. The arrays may be donated at once.
+    Costs host memory for this process's shards until it is written. The arrays may be donated at once. Wait for it
+    before the script ends: once the main thread has ended, Orbax can start no thread, and may hold up the exit for five
+    minutes. What is then still under way is lost, and an error says so.
 
     Raises:
         CheckpointError: As `save`; a failure to write is raised by `wait`.

@@ -29,7 +29,7 @@ ROUNDS, NUM_LEAVES, NUM_PEERS = 5, 16, 2
 
 
 def shapes(megabytes):
-    rows = max(8, megabytes * 1_000_000 // 4 // NUM_LEAVES // 1024)
+    rows = max(8, megabytes * 1_000_000 // 4 // NUM_LEAVES // 1024 // 8 * 8)
     return {f"w{index}": jax.ShapeDtypeStruct((rows, 1024), jnp.float32) for index in range(NUM_LEAVES)}
 
 
