@@ -449,13 +449,17 @@ class _Reader:
             waiting.append(callers[-1])
         operands = [self.program.op((op.computation, name)) for name in op.operands]
         op_name, source, seen = "", "", 0
+        argument = ""  # the name of one, which a gather may have, tells nothing of the model
         while waiting and seen < 16 and not (op_name and source):
             near = waiting.pop(0)
-            op_name, source, seen = op_name or _quoted("op_name", near), source or self._source(near), seen + 1
+            name = _quoted("op_name", near)
+            argument = argument or name
+            op_name = op_name or (name if "/" in name else "")
+            source, seen = source or self._source(near), seen + 1
             waiting += [user for user, _ in self.program.users.get((near.computation, near.name), [])]
             if not waiting:
                 waiting, operands = [each for each in operands if each is not None], []
-        return op_name, source
+        return op_name or argument, source
 
     def _origin_of_part(self, visit: _Visit, kind: str, part: int) -> tuple[str, str]:
         """As `origin`, of one tensor of several that the compiler combined.

@@ -51,11 +51,11 @@ def tiny_there(cache):
 
 @libtpu
 def test_memory_by_cause_is_all_of_what_the_compiler_says(cache):
-    """XLA:TPU tells totals alone; causes come of the schedule, and leave less than 0.2% of the peak, at either side."""
+    """XLA:TPU tells totals alone; causes come of the schedule, and leave less than 1% of the peak, at either side."""
     found = tiny_there(cache)
     held = by_kind(memory(_hlo.read(found.text), found))
     assert sum(held.values()) == found.memory.peak
-    assert abs(held.pop("unattributed", 0)) < 0.002 * found.memory.peak
+    assert abs(held.pop("unattributed", 0)) < 0.01 * found.memory.peak
     assert min(held.values()) > 0
     assert {"parameter", "optimizer", "batch"} <= set(held)
     told = {each.kind: 0 for each in found.arguments}

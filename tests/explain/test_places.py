@@ -126,7 +126,8 @@ def test_what_a_layer_does(form, kind, fault):
     """The line is of what does it, the path that of the layer; a layer that does nothing more has no finding."""
     seconds = 10e-6 if fault is tiny else 0.0
     found = found_in(forward, of(form, between=fault), DATA_TENSOR, PAIR, seconds=seconds)
-    here = [each for each in found if each.kind == kind and is_line_of(each.place, fault)]
+    lines = (fault, form.layer) if kind == "full-rematerialisation" else (fault,)  # JAX 0.12: of what is gathered
+    here = [each for each in found if each.kind == kind and any(is_line_of(each.place, where) for where in lines)]
     assert here, found
     assert {path_of(each) for each in here} <= form.paths()  # of layers written out, one speaks for a line
 
@@ -286,7 +287,7 @@ def test_optimiser_state_that_is_gathered(form):
     assert found
     for finding in found:
         assert any(path_of(finding).endswith(path) for leaf in ("up", "down") for path in form.paths(f"{leaf}.kernel"))
-        assert is_line_of(finding.place, whole_state), finding.place
+        assert any(is_line_of(finding.place, where) for where in (whole_state, updated))  # JAX 0.12: where it is used
     assert kinds(found_in(keeps_state, form, DATA, (jp.ZeRO(1),)), above="none") == set()
 
 
