@@ -188,17 +188,44 @@ def test_start_and_done_are_one():
     assert (gathered.bytes, gathered.spelling, reduced_.bytes) == (64, "all-gather-start", 64)
 
 
-def test_wrapped_in_an_async_computation():
+@pytest.mark.parametrize(
+    ("start", "done"),
+    [("async-start(%p), calls=", "async-done(%s), calls=%wrapped"), ("call-start(%p), to_apply=", "call-done(%s)")],
+    ids=["GPU", "a SparseCore of TPU 7x"],
+)
+def test_wrapped_in_an_async_computation(start, done):
     text = entry(
         "%p = f32[16]{0} parameter(0)",
-        "%s = ((f32[16]{0}), f32[4]{0}) async-start(%p), calls=%wrapped",
-        "ROOT %d = f32[4]{0} async-done(%s), calls=%wrapped",
+        f"%s = ((f32[16]{{0}}), f32[4]{{0}}) {start}%wrapped",
+        f"ROOT %d = f32[4]{{0}} {done}",
     ).replace(
         "ENTRY",
         f"%wrapped (x: f32[16]) -> f32[4] {{\n  %x = f32[16]{{0}} parameter(0)\n"
         f"  ROOT %rs = f32[4]{{0}} reduce-scatter(%x), {GROUPS}, dimensions={{0}}, to_apply=%add\n}}\n\nENTRY",
     )
     assert found(text) == [("reduce-scatter", ("fsdp",), 1, 0)]
+
+
+def test_a_gather_that_a_sparse_core_does():
+    """An all-reduce, in another computation, of zeros with a piece in them."""
+    text = entry(
+        "%p = f32[4]{0} parameter(0)",
+        "%zero = f32[] constant(0)",
+        "%zeros = f32[16]{0} broadcast(%zero), dimensions={}",
+        "%id = u32[] partition-id()",
+        "%table = s32[8]{0} constant({0, 0, 4, 4, 8, 8, 12, 12})",
+        "%at = s32[1]{0} dynamic-slice(%table, %id), dynamic_slice_sizes={1}",
+        "%offset = s32[] reshape(%at)",
+        "%put = f32[16]{0} dynamic-update-slice(%zeros, %p, %offset)",
+        "%s = ((f32[16]{0}), f32[16]{0}) call-start(%put), to_apply=%wrapped",
+        "ROOT %d = f32[16]{0} call-done(%s)",
+    ).replace(
+        "ENTRY",
+        f"%wrapped (x: f32[16]) -> f32[16] {{\n  %x = f32[16]{{0}} parameter(0)\n"
+        f"  ROOT %r = f32[16]{{0}} all-reduce(%x), {GROUPS}, to_apply=%add\n}}\n\nENTRY",
+    )
+    (gathered,) = _hlo.read(text).collectives(MESH)
+    assert (gathered.kind, gathered.axes, gathered.bytes) == ("all-gather", ("fsdp",), 64)
 
 
 def test_a_permute_that_was_taken_apart():

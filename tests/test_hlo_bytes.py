@@ -81,7 +81,7 @@ def test_what_a_fusion_sends_or_hands_on_is_not_its_traffic():
 
 
 def test_estimates():
-    for written, expected in (("1500", 1500), (str(2**64 - 1), None)):
+    for written, expected in (("1500", 1500), (str(2**64 - 1), None), (str(2**63 - 1), None)):
         op = f'%r = f32[] negate(%x), backend_config={{"estimated_cycles":"{written}"}}'
         program = _hlo.read(f"HloModule m\n\nENTRY %main () -> f32[] {{\n  {op}\n}}").program
         assert _hlo.cycles(program.computations["main"].ops["r"]) == expected

@@ -4,8 +4,8 @@ import re
 
 from ._text import Computation, Op, Program, Shape
 
-UNKNOWN_CYCLES = 2**64 - 1
-"""What XLA:TPU writes where it has no estimate."""
+UNKNOWN_CYCLES = 2**63 - 1
+"""What XLA:TPU writes where it has no estimate, or 2^64 - 1."""
 
 _ON_CHIP = (1, 2, 3, 4)
 """Memory spaces of XLA:TPU that are not HBM: vector memory, and the small ones of scalars and flags."""

@@ -445,7 +445,7 @@ class _Reader:
         result, else an operand.
         """
         waiting = [op]
-        if callers and callers[-1].opcode == "fusion":
+        if callers and callers[-1].opcode in ("fusion", "async-start"):
             waiting.append(callers[-1])
         operands = [self.program.op((op.computation, name)) for name in op.operands]
         op_name, source, seen = "", "", 0

@@ -269,20 +269,25 @@ def _read_op(line: str, computation: str) -> Op | None:
     if opcode is None:
         return None
     close = _closing(line, opcode.end() - 1)
-    inside = line[opcode.end() : close - 1]
-    literal = opcode.group(1) in ("constant", "parameter", "iota")
+    inside, attributes, written = line[opcode.end() : close - 1], line[close:], opcode.group(1)
+    literal = written in ("constant", "parameter", "iota")
+    if written in _ASYNC_CALLS:
+        attributes = attributes.replace("to_apply=", "calls=", 1)
     return Op(
         name=start.group(2),
-        opcode=opcode.group(1),
+        opcode=_ASYNC_CALLS.get(written, written),
         shapes=arrays_in(line[at:end]),
         operands=() if literal else _operands(inside),
         inside=inside,
-        attributes=line[close:],
+        attributes=attributes,
         computation=computation,
         root=start.group(1) is not None,
         result=line[at:end],
     )
 
+
+_ASYNC_CALLS = {"call-start": "async-start", "call-update": "async-update", "call-done": "async-done"}
+"""What XLA:TPU writes for work beside a TensorCore, on the SparseCores: on TPU 7x collectives too."""
 
 _BRACKET = re.compile(r'["(){}\[\]]')
 

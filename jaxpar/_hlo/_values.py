@@ -221,7 +221,7 @@ class _Origins:
         if op.opcode == "parameter":
             caller = _caller(self.program, op.computation)
             number = op.inside.strip()
-            if caller is None or caller.opcode not in ("fusion", "call") or not number.isdigit():
+            if caller is None or caller.opcode not in ("fusion", "call", "async-start") or not number.isdigit():
                 return None
             return (caller.computation, caller.operands[int(number)]) if int(number) < len(caller.operands) else None
         if op.opcode == "get-tuple-element" and op.operands:

@@ -37,6 +37,7 @@ _STYLE = """
 .jaxpar-report th{font-weight:normal;opacity:.65;white-space:nowrap;border-bottom:1px solid}
 .jaxpar-report tr{background:none}
 .jaxpar-report td{overflow-wrap:anywhere}
+.jaxpar-report td:not([class]){min-width:6em}
 .jaxpar-report td{border-bottom:1px solid #8883}
 .jaxpar-report .n{text-align:right;white-space:nowrap;font-variant-numeric:tabular-nums}
 .jaxpar-report .k{white-space:nowrap}
