@@ -149,7 +149,7 @@ class Search:
         report = estimate(fitted, traced)
         assert report.memory is not None, "an estimate has its memory"
         if report.memory.peak * self.margin > report.memory.limit:
-            kept = memory.argument + program.plan.totals().gradients
+            kept = report.memory.argument + program.plan.totals().gradients
             return _does_not_fit(hardware.name, axes, accumulate, report, kept, self.margin)
         self.programs[hardware.name, tuple(axes.items())] = fitted
         return Candidate(target=hardware.name, axes=dict(axes), accumulate=accumulate, report=report, estimate=report)

@@ -5,7 +5,8 @@ and made for ranking meshes. Seen against compilers, as estimate / truth:
 
 - XLA:TPU, memory: 1.01 to 1.05 for 34B on 64 v5p (five meshes and microbatches, three of them held out when the rules
   were found), 1.14 and 1.19 for small decoders of 4 layers on v5e, 1.07 and 1.10 for one of 4 MiB.
-- XLA:TPU, computation: 0.97 and 0.98 for those decoders, by which the rates of v5e were chosen.
+- XLA:TPU, computation: 0.97 and 0.98 for those decoders, by which the rates of v5e were chosen. Of a step below a
+  millisecond it is half or less: what each operation costs to start is not counted.
 - XLA:CPU, memory: 0.74 to 1.07; a decoder is low, as that compiler runs whatever is ready and holds its result.
 - XLA:GPU: nothing was compared.
 

@@ -89,7 +89,7 @@ def _change_that_fits(seen: Evidence, held: list[Held], excess: int) -> str:
     best = {what: (size, text) for size, text, what in sorted(choices)}  # of each kind one: they save the same bytes
     together = " ".join(f"{text} saves about {size_text(size)}." for size, text in best.values())
     if sum(size for size, _ in best.values()) < excess:
-        return f"{together} {'Together they do' if len(best) > 1 else 'It does'} not fit: use more devices as well."
+        return f"{together} Such savings do not fit: use more devices as well."
     return f"{together} Together they fit."
 
 

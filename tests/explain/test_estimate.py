@@ -214,7 +214,7 @@ def test_what_does_not_fit_is_told_in_how_many_microbatches_it_does():
     ids=["cpu", "v5e"],
 )
 def test_microbatches_hold_less(hardware):
-    """Four microbatches need less than half; a float32 accumulator comes beside the gradients. XLA:CPU: 12.2 of 35.4."""
+    """Four need less than half, with a float32 accumulator beside the gradients. XLA:CPU: 12.2 MiB of 35.4."""
     mesh = jp.mesh(hardware, fsdp=8) if hardware else jp.mesh(fsdp=8)
     whole, parts = (memory_of(each, trace(each)) for each in (recipe().on(mesh), recipe(accumulate=4).on(mesh)))
     assert any(each.path == "the accumulator" for each in parts.held)
