@@ -170,7 +170,8 @@ def _memory(report: "Report", whole: bool) -> Part:
 
 def _largest(held: Sequence[Any]) -> str:
     """The largest things of one kind, by name; where nothing has one, arrays by their shape."""
-    folded = _folded_sums([each.path or each.shape for each in held], [each.bytes for each in held])
+    names = [each.path for each in held] if any(each.path for each in held) else [each.shape for each in held]
+    folded = _folded_sums(names, [each.bytes for each in held])
     named = [(name, size) for name, size, _ in folded if name]
     if not named:
         return ""

@@ -9,6 +9,7 @@ import pytest
 
 from jaxpar._errors import ShardingError
 from jaxpar.explain import Finding, Report
+from jaxpar.explain._memory import Held
 from tests.explain import _reports
 
 REPORTS = {
@@ -38,6 +39,14 @@ def test_derived_figures(decoder):
     assert decoder.hfu == pytest.approx(4.02e17 / (256 * 197e12 * 10.1))
     assert decoder.tokens_per_second == pytest.approx(6 * 2048 * 256 / 10.1)
     assert decoder.tokens_per_second_per_chip == pytest.approx(6 * 2048 / 10.1)
+
+
+def test_the_largest_thing_is_told_by_its_name_if_anything_has_one(decoder):
+    named = Held(kind="parameter", path="embed.embedding", bytes=2**20, shape="f32[512,512]", source="")
+    rest = dataclasses.replace(named, path="", bytes=2**21, shape="f32[8,256,256]")
+    for held, told in (((rest, named), "embed.embedding f32[512,512] 1.0 MiB"), ((rest,), "f32[8,256,256] 2.0 MiB")):
+        memory = dataclasses.replace(decoder.memory, held=held)
+        assert told in dataclasses.replace(decoder, memory=memory).table("memory")
 
 
 def test_a_chip_may_be_two_devices(decoder):
