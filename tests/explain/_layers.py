@@ -24,11 +24,11 @@ def nothing(hidden):
 
 
 class Layer(nnx.Module):
-    def __init__(self, rngs, between, is_wide):
+    def __init__(self, rngs, form):
         linear = ft.partial(nnx.Linear, use_bias=False, rngs=rngs)
-        self.up, self.down = linear(D, F), linear(F, D)
-        self.wide = linear(D, WIDE) if is_wide else None
-        self.between = between
+        self.up, self.down = linear(form.scale * D, form.scale * F), linear(form.scale * F, form.scale * D)
+        self.wide = linear(D, WIDE) if form.is_wide else None
+        self.between = form.between
 
     def __call__(self, x):
         if self.wide is not None:
@@ -39,7 +39,7 @@ class Layer(nnx.Module):
 class Net(nnx.Module):
     def __init__(self, form, rngs):
         def make(rngs):
-            return Layer(rngs, form.between, form.is_wide)
+            return Layer(rngs, form)
 
         self.form = form
         if form.is_shared:
@@ -60,16 +60,15 @@ class Net(nnx.Module):
 
 
 class LinenLayer(nn.Module):
-    between: Callable[..., Any]
-    is_wide: bool
+    form: "Form"
 
     @nn.compact
     def __call__(self, x, _=None):
-        linear = ft.partial(nn.Dense, use_bias=False)
-        if self.is_wide:
+        form, linear = self.form, ft.partial(nn.Dense, use_bias=False)
+        if form.is_wide:
             x = x + jnp.tanh(linear(WIDE, name="wide")(x))[:, :D]
-        hidden = self.between(jnp.tanh(linear(F, name="up")(x)))
-        return x + linear(D, name="down")(hidden), None
+        hidden = form.between(jnp.tanh(linear(form.scale * F, name="up")(x)))
+        return x + linear(form.scale * D, name="down")(hidden), None
 
 
 class LinenNet(nn.Module):
@@ -81,10 +80,10 @@ class LinenNet(nn.Module):
         if form.is_scanned:
             shares = {"variable_broadcast": "params"} if form.is_shared else {"variable_axes": {"params": 0}}
             scanned = nn.scan(LinenLayer, split_rngs={"params": not form.is_shared}, length=LAYERS, **shares)
-            return scanned(form.between, form.is_wide, name="layer" if form.is_shared else "layers")(x, None)[0]
-        shared = LinenLayer(form.between, form.is_wide, name="layer") if form.is_shared else None
+            return scanned(form, name="layer" if form.is_shared else "layers")(x, None)[0]
+        shared = LinenLayer(form, name="layer") if form.is_shared else None
         for index in range(LAYERS):
-            x, _ = (shared or LinenLayer(form.between, form.is_wide, name=f"layers_{index}"))(x)
+            x, _ = (shared or LinenLayer(form, name=f"layers_{index}"))(x)
         return x
 
 
@@ -97,6 +96,7 @@ class Form:
         is_scanned: Whether a scan runs the layers.
         is_shared: Whether all layers are one.
         is_wide: Whether a layer has a third matrix, much larger than the others.
+        scale: How many times as large the dims of the two matrices are.
         between: What a layer does between its matrices.
     """
 
@@ -104,6 +104,7 @@ class Form:
     is_scanned: bool
     is_shared: bool = False
     is_wide: bool = False
+    scale: int = 1
     between: Callable[..., Any] = nothing
 
     def make(self) -> Any:
@@ -111,7 +112,7 @@ class Form:
         if self.frontend == "nnx":
             return Net(self, nnx.Rngs(0))
         plain = dataclasses.replace(self, between=nothing)
-        return LinenNet(plain).init(jax.random.key(0), jnp.ones((1, D)))["params"]
+        return LinenNet(plain).init(jax.random.key(0), jnp.ones((1, self.scale * D)))["params"]
 
     def run(self, model: Any, x: Any) -> Any:
         """What the last layer gives."""

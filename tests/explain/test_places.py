@@ -358,3 +358,20 @@ def test_an_axis_that_no_tensor_uses(form):
     assert "Axis 'tensor' of size 2 splits no argument" in finding.reason
     assert "jp.mesh(data=4, fsdp=2)" in finding.remedy
     assert kinds(found("data", "fsdp", "tensor"), above="none") == set()
+
+
+@pytest.mark.libtpu
+@forms
+def test_a_windowed_einsum(form, tmp_path):
+    """A plain `jax.jit` over a split matrix, which XLA:TPU cuts into too narrow windows."""
+    on, form = jp.mesh("v5e:4x4", fsdp=16), of(form, scale=64)
+
+    def split(shape, spec):
+        return jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=NamedSharding(on, spec))
+
+    params, run = form.pure()
+    params = jax.tree.map(lambda leaf: split(leaf.shape, P(*[None] * (leaf.ndim - 2), "fsdp")), params)
+    x = split((2**15, form.scale * D), P("fsdp"))
+    finding = one(jp.explain(jax.jit(run), params, x, cache=tmp_path).findings, "windowed-einsum")
+    assert any(path_of(finding).endswith(path) for path in form.paths("up.kernel"))
+    assert is_line_of(finding.place, form.layer)
