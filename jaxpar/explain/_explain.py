@@ -206,12 +206,15 @@ def assemble(
     timeline = part("timeline", lambda: predict(module, compiled))
     held = part("memory", lambda: from_arguments(compiled) if compiled.refusal else memory(module, compiled))
     table = part("collectives", lambda: rows(module, compiled, timeline, plan)) or ()
-    fits = ""
-    if compiled.refusal and program is not None:
+    fits, needed = "", compiled.needed
+    if not compiled.refusal and held is not None and held.limit and held.peak > held.limit:  # XLA:GPU does not refuse
+        needed = held.peak
+    if program is not None and (compiled.refusal or needed):
         traced = part("trace", lambda: trace(program))
-        account = part("estimate", lambda: estimate(program, traced))
-        if traced is not None and account is not None:
-            fits = part("what fits", lambda: what_fits(program, traced, needed=compiled.needed)) or ""
+        if traced is not None:
+            fits = part("what fits", lambda: what_fits(program, traced, needed=needed)) or ""
+        account = part("estimate", lambda: estimate(program, traced)) if compiled.refusal else None
+        if account is not None:
             held, timeline, table = _reconciled(account.memory, held), account.timeline, account.collectives
             notes = (*notes, "Time, collectives and what memory is made of are estimates from the plan.")
     findings = part(

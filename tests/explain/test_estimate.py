@@ -11,9 +11,12 @@ import pytest
 from flax import nnx
 
 import jaxpar as jp
+from jaxpar import _mesh
 from jaxpar._recipe import Program
 from jaxpar.compare._scale import scaled
 from jaxpar.explain._estimate import estimate, memory_of, what_fits
+from jaxpar.explain._explain import _compiled_here, assemble
+from jaxpar.explain._subject import subject
 from jaxpar.explain._trace import trace
 from models import gpt
 from models.gpt import config
@@ -198,6 +201,25 @@ def test_what_does_not_fit_is_told_in_how_many_microbatches_it_does():
     assert "Recipe(accumulate=4) fits" in what_fits(program, traced, needed=2 * memory_of(program, traced).peak)
     small = scaled(gpt.llama_34b(), "4M-tokens", 4096).on(jp.mesh("v5p-8", fsdp=4))
     assert what_fits(small, traced) == ""  # the state alone is too large
+
+
+def test_what_was_compiled_and_does_not_fit_is_told_that_too():
+    """Of compilers that refuse nothing. Here XLA:CPU's program, for chips of more and of less memory than it takes."""
+    made = subject(recipe().on(jp.mesh(fsdp=8)), (), {}, None)
+    compiled = _compiled_here(made)
+    on = jp.mesh("v5e:2x4", fsdp=8)
+
+    def found(memory):
+        chip = dataclasses.replace(_mesh.hardware_of(on).chip, memory=memory)
+        hardware = dataclasses.replace(_mesh.hardware_of(on), chip=chip)
+        report = assemble(dataclasses.replace(compiled, hardware=hardware), program=recipe().on(on))
+        return report.peak_bytes, [each for each in report.findings if each.kind == "memory"]
+
+    peak, roomy = found(2**34)
+    _, (finding,) = found(peak - 1)
+    assert roomy == []
+    assert finding.severity == "error"
+    assert "Recipe(accumulate=2) fits" in finding.remedy
 
 
 @pytest.mark.parametrize(
