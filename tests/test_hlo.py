@@ -210,12 +210,9 @@ def test_a_gather_that_a_sparse_core_does():
     """An all-reduce, in another computation, of zeros with a piece in them."""
     text = entry(
         "%p = f32[4]{0} parameter(0)",
-        "%zero = f32[] constant(0)",
-        "%zeros = f32[16]{0} broadcast(%zero), dimensions={}",
-        "%id = u32[] partition-id()",
-        "%table = s32[8]{0} constant({0, 0, 4, 4, 8, 8, 12, 12})",
-        "%at = s32[1]{0} dynamic-slice(%table, %id), dynamic_slice_sizes={1}",
-        "%offset = s32[] reshape(%at)",
+        "%none = f32[] constant(0)",
+        "%zeros = f32[16]{0} broadcast(%none), dimensions={}",
+        *offset_of("{0, 0, 2, 2, 4, 4, 6, 6}"),
         "%put = f32[16]{0} dynamic-update-slice(%zeros, %p, %offset)",
         "%s = ((f32[16]{0}), f32[16]{0}) call-start(%put), to_apply=%wrapped",
         "ROOT %d = f32[16]{0} call-done(%s)",
@@ -356,10 +353,9 @@ def test_branches_and_calls_are_entered():
 # Reduce-scatter, spelt as an all-reduce and a slice.
 
 
-def sliced(*after, table="{0, 0, 1, 1, 2, 2, 3, 3}", rows=8, groups="[2,4]<=[4,2]T(1,0)"):
-    """An all-reduce over fsdp of f32[rows,2] and an offset from a table by partition."""
-    return entry(
-        f"%p = f32[{rows},2]{{1,0}} parameter(0)",
+def offset_of(table):
+    """Twice what a table has for this partition."""
+    return (
         "%id = u32[] partition-id()",
         f"%table = u32[8]{{0}} constant({table})",
         "%row = u32[1]{0} dynamic-slice(%table, %id), dynamic_slice_sizes={1}",
@@ -367,6 +363,14 @@ def sliced(*after, table="{0, 0, 1, 1, 2, 2, 3, 3}", rows=8, groups="[2,4]<=[4,2
         "%two = u32[] constant(2)",
         "%zero = u32[] constant(0)",
         "%offset = u32[] multiply(%scalar, %two)",
+    )
+
+
+def sliced(*after, table="{0, 0, 1, 1, 2, 2, 3, 3}", rows=8, groups="[2,4]<=[4,2]T(1,0)"):
+    """An all-reduce over fsdp of f32[rows,2] and an offset from a table by partition."""
+    return entry(
+        f"%p = f32[{rows},2]{{1,0}} parameter(0)",
+        *offset_of(table),
         "%counter = u32[] parameter(1)",
         f"%r = f32[{rows},2]{{1,0}} all-reduce(%p), channel_id=1, replica_groups={groups}, to_apply=%add",
         *after,
@@ -447,13 +451,7 @@ def put(base="constant(0)", piece="f32[2,2]{1,0} parameter(0)", table="{0, 0, 1,
     """An all-reduce over fsdp of f32[8,2] into which each device puts a piece, at an offset from a table."""
     return entry(
         f"%p = {piece}",
-        "%id = u32[] partition-id()",
-        f"%table = u32[8]{{0}} constant({table})",
-        "%row = u32[1]{0} dynamic-slice(%table, %id), dynamic_slice_sizes={1}",
-        "%scalar = u32[] reshape(%row)",
-        "%two = u32[] constant(2)",
-        "%zero = u32[] constant(0)",
-        "%offset = u32[] multiply(%scalar, %two)",
+        *offset_of(table),
         f"%none = f32[] {base}",
         "%zeros = f32[8,2]{1,0} broadcast(%none), dimensions={}",
         f"%put = f32[8,2]{{1,0}} dynamic-update-slice(%zeros, %p, {offset}, %zero)",

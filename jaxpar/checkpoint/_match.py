@@ -111,22 +111,8 @@ def _pair(saved: Mapping[str, Leaf], here: Mapping[str, Leaf], *, cast: bool, st
     missing = {name: here[name] for name in here if name not in saved}
     surplus = {name: saved[name] for name in saved if name not in here}
     same = {name: name for name in here if name in saved}
-    stacked: dict[str, tuple[str, ...]] = {}
-    sliced: dict[str, tuple[str, ...]] = {}
-    for name in list(missing):
-        layers = _layers(name, missing[name], surplus, fits)
-        if layers:
-            stacked[name] = layers
-            del missing[name]
-            for each in layers:
-                del surplus[each]
-    for name in list(surplus):
-        layers = _layers(name, surplus[name], missing, fits)
-        if layers:
-            sliced[name] = layers
-            del surplus[name]
-            for each in layers:
-                del missing[each]
+    stacked = _take_layers(missing, surplus, fits)
+    sliced = _take_layers(surplus, missing, fits)
     _pair_shared(same, missing, surplus)
 
     lines = [
@@ -138,6 +124,21 @@ def _pair(saved: Mapping[str, Leaf], here: Mapping[str, Leaf], *, cast: bool, st
     if strict:
         lines += [f"{name}: {leaf} in the checkpoint, nothing here" for name, leaf in surplus.items()]
     return Match(same=same, stacked=stacked, sliced=sliced), lines
+
+
+def _take_layers(
+    stacks: dict[str, Leaf], singles: dict[str, Leaf], fits: Callable[[Leaf, Leaf], bool]
+) -> dict[str, tuple[str, ...]]:
+    """The stacks whose layers are among `singles`, each with those; taken out of both."""
+    found = {}
+    for name in list(stacks):
+        layers = _layers(name, stacks[name], singles, fits)
+        if layers:
+            found[name] = layers
+            del stacks[name]
+            for each in layers:
+                del singles[each]
+    return found
 
 
 def _layers(

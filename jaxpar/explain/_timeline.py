@@ -223,9 +223,7 @@ class _Schedule:
         if groups is None:
             self.notes.append(f"{place[1]}: which devices it joins cannot be read; it is taken to take no time")
             return None
-        whole = any(
-            " and " in each.spelling for each in tensors
-        )  # spelt as an all-reduce with a slice: it moves as one
+        whole = any(" and " in each.spelling for each in tensors)  # an all-reduce with a slice moves as one
         kind = "all-reduce" if whole else max(tensors, key=lambda each: each.bytes).kind
         found = _Load(
             place=place,
