@@ -106,7 +106,9 @@ def difference(found: Difference) -> str:
     lines = [f"<style>\n{_STYLE}\n</style>", '<div class="jaxpar-report">']
     for section, changes in found.sections().items():
         rows = tuple(change.cells() for change in changes)
-        table = Table(titles=TITLES[1:], rows=rows, right=(1, 2, 3), paths=(0,))
+        is_text = any(isinstance(value, str) for change in changes for value in (change.mine, change.theirs))
+        wrapped = (0, 1, 2) if is_text else (0,)  # the settings of two programs are long
+        table = Table(titles=TITLES[1:], rows=rows, right=() if is_text else (1, 2, 3), paths=wrapped)
         lines.append(f"<h3>{html.escape(section)}</h3>")
         if len(rows) <= MOST:
             lines.append(_table(table, found.axes))
