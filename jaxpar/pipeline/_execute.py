@@ -311,7 +311,7 @@ class Run:
             def run(x: Any, given: PyTree) -> Any:
                 return self._through(form, _chunk(parts, row["forward_chunk"]), x, given)
 
-            def skip(x: Any, given: PyTree) -> Any:
+            def skip(x: Any, *_: Any) -> Any:
                 return self._vary(jax.tree.map(jnp.zeros_like, x))
 
             y = lax.cond(row["forward"] >= 0, run, skip, x, given)
@@ -361,7 +361,7 @@ class Run:
                 )
                 return self._vary(dx), jax.tree.map(add, sums, more)
 
-            def skip(floats: Any, others: Any, gradient: Any, sums: PyTree, given: PyTree) -> Any:
+            def skip(floats: Any, others: Any, gradient: Any, sums: PyTree, *_: Any) -> Any:  # noqa: ARG001
                 return self._vary(jax.tree.map(jnp.zeros_like, floats)), sums
 
             dx, sums = lax.cond(row["backward"] >= 0, run, skip, floats, others, gradient, sums, given)
@@ -391,7 +391,7 @@ class Run:
         """The stream that enters in this tick, zeros if none does."""
         embed = self._mapped(lambda ends, entering: form.apart(self.model.embed(ends, entering)))
 
-        def nothing(entering: PyTree) -> Any:
+        def nothing(*_: Any) -> Any:
             return jax.tree.map(lambda x: jnp.zeros((self.count, *x.shape), x.dtype), form.both)
 
         return lax.cond(row["enters"] >= 0, lambda entering: embed(ends, entering), nothing, _of(micro, row["enters"]))
@@ -540,7 +540,14 @@ class _Form:
     def of(cls, stream: PyTree) -> "_Form":
         leaves, treedef = jax.tree.flatten(stream)
         is_key = [jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key) for leaf in leaves]
-        implementations = [jax.random.key_impl(leaf) if key else None for leaf, key in zip(leaves, is_key, strict=True)]
+        implementations: list[Any] = []
+
+        def ask(leaves: list[Any]) -> None:  # in a trace: a shape does not tell
+            implementations.extend(
+                jax.random.key_impl(leaf) if key else None for leaf, key in zip(leaves, is_key, strict=True)
+            )
+
+        jax.eval_shape(ask, leaves)
         is_float = tuple(bool(jnp.issubdtype(leaf.dtype, jnp.inexact)) for leaf in leaves)
         bare = cls(treedef, tuple(implementations), is_float, ([], []))
         return dataclasses.replace(bare, both=jax.eval_shape(bare.apart, stream))
