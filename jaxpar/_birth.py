@@ -19,7 +19,6 @@ from ._errors import ShardingError, listed, nearest
 from ._rules import LAYERS, fold_layers
 from ._types import Factory, PyTree
 
-
 Cut = Callable[[Any, str], None]
 """Lays a stack, at a path, out for the stages of a pipeline."""
 

@@ -412,8 +412,8 @@ def _pipeline_form(job: _Job, batch: PyTree, plan: Any, separable: bool) -> _For
         over = f" over {parts} devices that split it" if parts > 1 else ""
         instead = f", or {' or '.join(map(str, near))} microbatches" if near else ""
         raise StepError(
-            f"a batch of {rows} rows does not divide into {schedule.microbatches} microbatches ({pipeline.label}){over}. "
-            f"Use a batch of {f'{below} or ' if below else ''}{below + unit}{instead}."
+            f"a batch of {rows} rows does not divide into {schedule.microbatches} microbatches ({pipeline.label})"
+            f"{over}. Use a batch of {f'{below} or ' if below else ''}{below + unit}{instead}."
         )
     traits = _traits_of(dataclasses.replace(job, accumulate=schedule.microbatches), batch)
     reasons = [

@@ -1,8 +1,8 @@
 """A loss under a plan with a pipeline: cut at the model's stack, and run by the pipeline's executor.
 
-The model stays as it is. Its loss is traced as it stands, up to the call of the stack: what goes in is the *stream* (the
-first argument: activations, keys) and what every block is *given* (the others: positions, segments). It is traced again
-with the stack's result given, to its end; what lies before the stack is then computed for nothing, and the compiler
+The model stays as it is. Its loss is traced as it stands, up to the call of the stack: what goes in is the *stream*
+(the first argument: activations, keys) and what every block is *given* (the others: positions, segments). It is traced
+again with the result of the stack given, to its end; what lies before the stack is then computed for nothing, and XLA
 drops it. The stack's block is the layer that the stages run.
 
     embed   the loss up to the stack            once a microbatch, in global view
@@ -129,7 +129,7 @@ def pipelined(loss: LossOf, params: dict[str, jax.Array], micro: PyTree, region:
     )
 
 
-class _Reached(Exception):
+class _Reached(Exception):  # noqa: N818 -- no error: a way out
     """The stack was called; this ends the loss there."""
 
     def __init__(self, stack: Stacked, stream: PyTree, rest: tuple[Any, ...], settings: dict[str, Any]):
@@ -143,8 +143,8 @@ def _up_to_the_stack(loss: LossOf, params: dict[str, jax.Array], micro: PyTree) 
     def catch(stack: Stacked, stream: PyTree, rest: tuple[Any, ...], settings: dict[str, Any]) -> PyTree:
         if jax_core.get_opaque_trace_state(convention="nnx") != trace:
             raise StepError(
-                "pipeline: the model calls its stack inside of a transformation (jit, remat, scan, vmap, cond). Call it "
-                "outside; the stack rematerialises by itself, jp.Stack(..., remat=...)."
+                "pipeline: the model calls its stack inside of a transformation (jit, remat, scan, vmap, cond). Call "
+                "it outside; the stack rematerialises by itself, jp.Stack(..., remat=...)."
             )
         raise _Reached(stack, stream, rest, settings)
 

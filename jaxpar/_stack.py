@@ -291,8 +291,8 @@ def _from_stage(leaves: list[Any], index: jax.Array, mesh: Any, axis: str, layer
 @_from_stage.defjvp
 def _refuse_to_differentiate(*_: Any) -> Any:
     raise StepError(
-        "this plan runs the blocks in a pipeline (jp.PP), whose backward passes are no derivative that JAX could take by "
-        "itself: differentiate the loss with jp.value_and_grad(loss) in place of jax.value_and_grad or "
+        "this plan runs the blocks in a pipeline (jp.PP), whose backward passes are no derivative that JAX could take "
+        "by itself: differentiate the loss with jp.value_and_grad(loss) in place of jax.value_and_grad or "
         "nnx.value_and_grad. Without a derivative, as here, every stage runs all layers."
     )
 

@@ -31,8 +31,8 @@ class PP(Strategy):
         chunks: Parts of the stack on each stage; with more than one, bubbles are as many times shorter.
 
     Raises:
-        ShardingError: The schedule cannot be run, or its numbers are said twice and differ; when planning: the model has
-            no stack, or several; stages and chunks do not divide the layers.
+        ShardingError: The schedule cannot be run, or its numbers are said twice and differ; when planning: the model
+            has no stack, or several; stages and chunks do not divide the layers.
 
     Example:
         >>> plan = jp.plan(
@@ -117,8 +117,10 @@ class PP(Strategy):
             return
         leaves = next(iter(stacks.values()))
         each = leaves[0].shape[leaves[0].layers - 1] // stages
+        of = f"each of {self.num_chunks} chunks" if self.num_chunks > 1 else "the layers"
+        why = f"{each} of {each * stages} on a stage, of {of}"
         for leaf in leaves:
-            leaf.split(-1, self.axis, by=self.label, why=f"{each} layers of each chunk" if self.num_chunks > 1 else f"{each} of {leaf.shape[0]} layers on each stage", where=("storage", "compute", "gradient", "slots"))  # fmt: skip
+            leaf.split(-1, self.axis, by=self.label, why=why, where=("storage", "compute", "gradient", "slots"))
         draft.notes += self._notes(found, each, draft)
 
     def _what_is_needed(self, stacks: dict[str, list[Leaf]]) -> str:
@@ -129,8 +131,8 @@ class PP(Strategy):
                 "into one jp.Stack, or leave PP out."
             )
         return (
-            f"{self.label}: no stack in this model. A pipeline needs an nnx model with one stack of equal blocks between "
-            'its first and last parts: jp.Stack(make_block, num, rngs=rngs), or FSDP(blocks="blocks.*") for a list of '
+            f"{self.label}: no stack in this model. A pipeline needs an nnx model with one stack of equal blocks "
+            'between its first and last parts: jp.Stack(make_block, num, rngs=rngs), or FSDP(blocks="blocks.*") for a list of '
             "equal blocks. Unlike blocks (heterogeneous models) have to be made alike first."
         )
 
@@ -145,10 +147,14 @@ class PP(Strategy):
         ends = [leaf.path for leaf in draft.leaves.values() if not leaf.layers]
         where = f" On every stage: {', '.join(ends[:4])}{', ...' if len(ends) > 4 else ''}." if ends else ""
         return [
-            f"pipeline over {self.axis}: {found.title}; bubble {simulated.bubble:.1%} of the time, at most "
-            f"{found.buffers.inputs.size} activations on a stage; {'; '.join(held)}.{where}",
-            "evaluation, and whatever else calls the stack without jp.value_and_grad, sends each layer from its stage to "
-            "all, and all stages run all layers.",
+            (
+                f"pipeline over {self.axis}: {found.title}; bubble {simulated.bubble:.1%} of the time, at most "
+                f"{found.buffers.inputs.size} activations on a stage; {'; '.join(held)}.{where}"
+            ),
+            (
+                "what calls the stack without jp.value_and_grad sends each layer from its stage to all stages, which "
+                "all run all layers."
+            ),
         ]
 
 
