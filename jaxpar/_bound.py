@@ -402,10 +402,10 @@ class BoundPlan(Plan):
             )
 
     @property
-    def stage_axis(self) -> str | None:
-        """The axis whose devices are the stages of a pipeline, if there is one."""
+    def schedule(self) -> Any:
+        """The schedule of the pipeline; only if there is one."""
         pipeline = self.strategy(PP)
-        return None if pipeline is None else pipeline.axis
+        return pipeline.schedule_for(self.axes[pipeline.axis])
 
     def strategy(self, kind: type) -> Any:
         """The strategy of a type that is active here, or `None`."""

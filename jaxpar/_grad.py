@@ -28,7 +28,7 @@ from . import _context, _traits, _tree
 from ._calls import bare_variables
 from ._context import Region, as_spec, axes_at, drop_axes
 from ._errors import StepError
-from ._pipelined import pipelined
+from ._pipelined import Pipelined, pipelined
 from ._planned import Traced, gather_others, gathered_by, plan_read, unplan
 from ._reduce import reduce_once
 from ._types import Axes, PyTree
@@ -394,17 +394,22 @@ def _form(job: _Job, batch: PyTree, region: Region | None, separable: bool) -> _
     )
 
 
-def _pipeline_form(job: _Job, batch: PyTree, plan: Any, separable: bool) -> _Form:
-    pipeline: PP = plan.strategy(PP)
-    schedule = pipeline.schedule_for(plan.axes[pipeline.axis])
-    if job.accumulate > 1:
-        raise StepError(
-            f"accumulate={job.accumulate} beside {pipeline.label}: a pipeline accumulates over its microbatches, "
-            f"{schedule.microbatches} here. Leave accumulate out, or use PP(microbatches="
-            f"{schedule.microbatches * job.accumulate})."
-        )
-    rows, parts = _rows(batch), plan.num_batch_shards
+def fits_microbatches(plan: Any, batch: PyTree) -> bool:
+    """Whether the pipeline of `plan` can split `batch`."""
+    return _rows(batch) % (plan.num_batch_shards * plan.schedule.microbatches) == 0
+
+
+def check_microbatches(plan: Any, rows: int, accumulate: int = 1) -> None:
+    """Raise `StepError` unless the pipeline of `plan` can split a batch of `rows`."""
+    pipeline, schedule = plan.strategy(PP), plan.schedule
+    parts = plan.num_batch_shards
     unit = parts * schedule.microbatches
+    if accumulate > 1:
+        raise StepError(
+            f"accumulate={accumulate} beside {pipeline.label}: a pipeline accumulates over its microbatches, "
+            f"{schedule.microbatches} here. Leave accumulate out, or use PP(microbatches="
+            f"{schedule.microbatches * accumulate})."
+        )
     if rows % unit:
         below = rows // unit * unit
         fits = [m for m in range(1, rows // parts + 1) if rows % (parts * m) == 0]
@@ -415,6 +420,11 @@ def _pipeline_form(job: _Job, batch: PyTree, plan: Any, separable: bool) -> _For
             f"a batch of {rows} rows does not divide into {schedule.microbatches} microbatches ({pipeline.label})"
             f"{over}. Use a batch of {f'{below} or ' if below else ''}{below + unit}{instead}."
         )
+
+
+def _pipeline_form(job: _Job, batch: PyTree, plan: Any, separable: bool) -> _Form:
+    pipeline, schedule = plan.strategy(PP), plan.schedule
+    check_microbatches(plan, _rows(batch), job.accumulate)
     traits = _traits_of(dataclasses.replace(job, accumulate=schedule.microbatches), batch)
     reasons = [
         (not separable, "the loss says it is not separable"),
@@ -427,32 +437,52 @@ def _pipeline_form(job: _Job, batch: PyTree, plan: Any, separable: bool) -> _For
             f"{pipeline.label} needs a loss that is a sum over examples, for it passes {schedule.microbatches} "
             f"microbatches through its stages, but {blocked[0]}. Change that, or plan this step without PP."
         )
-    return _Form("pipeline", plan.replicas, f"{schedule.title}; one reduction a step over {'+'.join(plan.replicas)}")
+    once = f"; one reduction a step over {'+'.join(plan.replicas)}" if plan.replicas else ""
+    return _Form("pipeline", plan.replicas, schedule.title + once)
 
 
 def _pipeline(job: _Job, batch: PyTree, region: Region) -> Any:
     """The schedule's microbatches through the stages, then one reduction over replicas."""
-    plan, replicas = region.plan, region.plan.replicas
-    pipeline: PP = plan.strategy(PP)
-    schedule = pipeline.schedule_for(plan.axes[pipeline.axis])
-    job = dataclasses.replace(job, accumulate=schedule.microbatches)
-    params, state = job.subject.params, job.subject.state
-    micro = _in_microbatches(job, batch, replicas, region)
-
-    def loss(params: dict[str, jax.Array], batch: PyTree) -> Any:
-        total, weight, aux, _ = job.summed(params, state, batch)
-        return total, (weight, aux)
-
-    one = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[2:], leaf.dtype), micro)
-    run = pipelined(loss, params, one, region, replicas)
+    plan, replicas, params = region.plan, region.plan.replicas, job.subject.params
+    run, micro = _in_stages(job, batch, region)
     (total, (weight, aux)), gradients = run.gradients(micro)
     sums = (total, weight, aux)
     if not replicas:
         sums, gradients = jax.tree.map(lambda leaf: leaf[0], (sums, gradients))
-        return (*sums, gradients, state)
-    targets = {path: _update_spec(plan, path, leaf) for path, leaf in params.items()}
-    gradients, sums = _reduced(plan, gradients, sums, targets, replicas)
-    return (*sums, gradients, state)
+    else:
+        targets = {path: _update_spec(plan, path, leaf) for path, leaf in params.items()}
+        gradients, sums = _reduced(plan, gradients, sums, targets, replicas)
+    return (*sums, gradients, job.subject.state)
+
+
+def evaluate(
+    loss: Loss, model: PyTree, batch: PyTree, *, has_aux: bool, weight: Callable[[Any], Any] | None
+) -> Differentiated:
+    """The mean loss of a batch under a plan with a pipeline: the forward passes of its schedule, no gradients.
+
+    The microbatches must divide the batch: `fits_microbatches`.
+    """
+    region = _context.current()
+    assert region is not None
+    run, micro = _in_stages(_Job(loss, _graph_subject(model), 1, has_aux, weight, ()), batch, region)
+    total, (total_weight, aux) = jax.tree.map(lambda leaf: leaf.sum(0), run.sums(micro))
+    divisor = jnp.maximum(total_weight, _TINY)
+    aux = jax.tree.map(lambda each: each / divisor, aux)
+    return Differentiated(value=total / divisor.astype(total.dtype), weight=total_weight, aux=aux, gradients=None)
+
+
+def _in_stages(job: _Job, batch: PyTree, region: Region) -> tuple[Pipelined, PyTree]:
+    """A loss cut into stages, and its batch into microbatches: `[microbatches, replicas, rows, ...]`."""
+    replicas = region.plan.replicas
+    job = dataclasses.replace(job, accumulate=region.plan.schedule.microbatches)
+    micro = _in_microbatches(job, batch, replicas, region)
+
+    def loss(params: dict[str, jax.Array], batch: PyTree) -> Any:
+        total, weight, aux, _ = job.summed(params, job.subject.state, batch)
+        return total, (weight, aux)
+
+    one = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[2:], leaf.dtype), micro)
+    return pipelined(loss, job.subject.params, one, region, replicas), micro
 
 
 def _in_microbatches(job: _Job, batch: PyTree, replicas: Axes, region: Region) -> PyTree:

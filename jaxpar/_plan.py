@@ -136,7 +136,7 @@ class Plan:
         axes: Size of each mesh axis, outermost first.
         records: What it says of each leaf, by path.
         optimizer_records: The same for each leaf of the optimiser's state, if an optimiser was given.
-        dims: The mesh axes of each logical dim of activations.
+        dims: The mesh axes of each logical dim of activations; and `"stages"`, those of a pipeline.
         replicas: Axes over which gradients are summed once a step.
         shards: Axes over which gradients are reduce-scattered, once a microbatch.
         strategies: What was asked for, as text.
@@ -172,6 +172,11 @@ class Plan:
     def batch_axes(self) -> Axes:
         """The axes that split the batch."""
         return self.dims.get("batch", ())
+
+    @property
+    def stage_axis(self) -> str | None:
+        """The axis whose devices are the stages of a pipeline, if there is one."""
+        return next(iter(self.dims.get("stages", ())), None)
 
     @property
     def parameters(self) -> Iterator[Record]:

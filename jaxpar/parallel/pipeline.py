@@ -106,6 +106,7 @@ class PP(Strategy):
         check_layers(layers, stages, self.num_chunks, f"{self.label}: {path}" if path else self.label)
 
     def apply(self, draft: Draft) -> None:
+        draft.split_dim("stages", self.axis)
         stages = draft.sizes[self.axis]
         found = self.schedule_for(stages)
         stacks: dict[str, list[Leaf]] = {}
@@ -132,8 +133,8 @@ class PP(Strategy):
             )
         return (
             f"{self.label}: no stack in this model. A pipeline needs an nnx model with one stack of equal blocks "
-            'between its first and last parts: jp.Stack(make_block, num, rngs=rngs), or FSDP(blocks="blocks.*") for a list of '
-            "equal blocks. Unlike blocks (heterogeneous models) have to be made alike first."
+            'between its first and last parts: jp.Stack(make_block, num, rngs=rngs), or FSDP(blocks="blocks.*") for a '
+            "list of equal blocks. Unlike blocks (heterogeneous models) have to be made alike first."
         )
 
     def _notes(self, found: Schedule, each: int, draft: Draft) -> list[str]:
