@@ -262,11 +262,18 @@ def _given(closed: Any, paths: list[str]) -> tuple[list[Any], Callable[[list[Any
             "argument, which blocks hand on), or compute it inside of the block."
         )
     used = [(var, const) for var, const in zip(jaxpr.constvars, closed.consts, strict=True) if var in needed]
-    inputs = jaxpr.invars[len(paths) :]
-    small = jax_core.Jaxpr([], [*(var for var, _ in used), *inputs], jaxpr.outvars, kept[::-1], jax_core.no_effects)
-    function = jax_core.jaxpr_as_fun(jax_core.ClosedJaxpr(small, []))
+    inputs = [*(var for var, _ in used), *jaxpr.invars[len(paths) :]]
 
     def given(fixed: list[Any], micro: PyTree) -> list[Any]:
-        return list(function(*fixed, *jax.tree.leaves(micro)))
+        values = dict(zip(inputs, [*fixed, *jax.tree.leaves(micro)], strict=True))
+
+        def value_of(var: Any) -> Any:
+            return var.val if isinstance(var, jax_core.Literal) else values[var]
+
+        for eqn in reversed(kept):
+            functions, params = eqn.primitive.get_bind_params(eqn.params)
+            found = eqn.primitive.bind(*functions, *map(value_of, eqn.invars), **params)
+            values.update(zip(eqn.outvars, found if eqn.primitive.multiple_results else [found], strict=True))
+        return [value_of(var) for var in jaxpr.outvars]
 
     return [jnp.asarray(const) for _, const in used], given

@@ -5,6 +5,7 @@ any schedule of one's own: see `jp.schedule`.
 """
 
 import dataclasses
+import functools as ft
 import os
 from typing import ClassVar
 
@@ -51,13 +52,13 @@ class PP(Strategy):
     phase: ClassVar[int] = 4
 
     axis: str = "pipe"
-    schedule: str | Schedule = "1f1b"
+    schedule: str | os.PathLike[str] | Schedule = "1f1b"
     microbatches: int | None = None
     chunks: int | None = None
 
     def __post_init__(self) -> None:
         given = self.schedule
-        if isinstance(given, os.PathLike) or str(given).endswith(".csv"):
+        if not isinstance(given, Schedule) and os.fspath(given).endswith(".csv"):
             given = Schedule.load(given)
             object.__setattr__(self, "schedule", given)
         if isinstance(given, Schedule):
@@ -92,7 +93,7 @@ class PP(Strategy):
                     f"size {stages}. Use a mesh with {self.axis}={found.stages}, or another schedule."
                 )
         else:
-            found = schedule(self.schedule, stages=stages, microbatches=self.microbatches or 1, chunks=self.chunks or 1)
+            found = _named(str(self.schedule), stages, self.microbatches or 1, self.chunks or 1)
         if found.splits_backward:
             raise ShardingError(
                 f"{self.label}: {found.name!r} computes gradients of weights apart (W). Here the backward computes its "
@@ -157,6 +158,11 @@ class PP(Strategy):
                 "all run all layers."
             ),
         ]
+
+
+@ft.lru_cache(maxsize=64)
+def _named(name: str, stages: int, microbatches: int, chunks: int) -> Schedule:
+    return schedule(name, stages=stages, microbatches=microbatches, chunks=chunks)
 
 
 def _range(first: int, number: int) -> str:

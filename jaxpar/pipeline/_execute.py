@@ -517,7 +517,8 @@ class Run:
         return jax.tree.map(one, x)
 
 
-Floats, Others = list[Any], list[Any]
+Both = tuple[list[Any], list[Any]]
+"""The arrays of a stream that have a gradient, and the others."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -534,7 +535,7 @@ class _Form:
     treedef: Any
     implementations: tuple[Any, ...]
     is_float: tuple[bool, ...]
-    both: tuple[Floats, Others]
+    both: Both
 
     @classmethod
     def of(cls, stream: PyTree) -> "_Form":
@@ -552,15 +553,15 @@ class _Form:
         bare = cls(treedef, tuple(implementations), is_float, ([], []))
         return dataclasses.replace(bare, both=jax.eval_shape(bare.apart, stream))
 
-    def apart(self, stream: PyTree) -> tuple[Floats, Others]:
+    def apart(self, stream: PyTree) -> Both:
         """Arrays with a gradient, and others."""
-        floats: Floats = []
-        others: Others = []
+        floats: list[Any] = []
+        others: list[Any] = []
         for leaf, key, is_float in zip(jax.tree.leaves(stream), self.implementations, self.is_float, strict=True):
             (floats if is_float else others).append(leaf if key is None else jax.random.key_data(leaf))
         return floats, others
 
-    def together(self, floats: Floats, others: Others) -> PyTree:
+    def together(self, floats: list[Any], others: list[Any]) -> PyTree:
         """The stream of these."""
         rest_floats, rest_others = iter(floats), iter(others)
         leaves = []
