@@ -1,8 +1,8 @@
 """Invariant 1 in a pipeline: every schedule, beside every other strategy, computes what one device computes.
 
-Losses, gradients and parameters updated by SGD, of a model with tied ends and a masked loss. CI runs a covering array in which
-every schedule meets every number of stages, every way to fill them, and every other strategy; `make matrix` runs all
-combinations.
+Losses, gradients and parameters updated by SGD, of a model with tied ends and a masked loss. CI runs a covering array,
+in which every schedule meets every number of stages, every way to fill them, and every other strategy; `make matrix`
+runs all combinations.
 """
 
 import itertools
