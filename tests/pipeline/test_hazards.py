@@ -50,7 +50,7 @@ def compiled(block, on, schedule=None, blocks=None):
 
 
 def test_differentiating_through_a_branch_by_stage_gives_another_gradient():
-    """Stage 0 doubles, stage 1 triples; the gradient of their sum is 5, and JAX says 4. Declared as varying, it is 5."""
+    """Stage 0 doubles, stage 1 triples: the gradient of the sum is 5, and JAX says 4. Declared as varying, it is 5."""
     on = mesh(pipe=2)
 
     def naive(x, declared):
@@ -128,7 +128,7 @@ def test_a_permute_by_hand_in_a_branch_is_refused():
         return lax.cond(lax.axis_index("pipe") < 2, lambda x: lax.ppermute(x, "pipe", forth), lambda x: x, x)[None]
 
     program = jax.jit(jax.shard_map(stage, mesh=on, in_specs=P("pipe"), out_specs=P("pipe"))).lower(jnp.ones((4, 2)))
-    with pytest.raises(jp.StepError, match="(?s)some devices along 'pipe' take and others do not.*on every device"):
+    with pytest.raises(jp.StepError, match=r"(?s)some devices along 'pipe' take and others do not.*on every device"):
         refuse_stuck("step", program.compile(), on)
 
 
