@@ -19,6 +19,7 @@ Shapes: m microbatches, R replicas, p stages, v chunks, n layers of a chunk, b r
 """
 
 import dataclasses
+import functools as ft
 import math
 from collections.abc import Callable
 from typing import Any
@@ -181,21 +182,25 @@ class Run:
         stage = P(self.replicas, self.axis)
         lead = (self.count, self.schedule.stages)
         carry = {
-            **self._streams(form, rings.inputs.size),
+            **self._streams(form, self.schedule.room),
             "returned": [self._zeros((*lead, *x.shape), stage, x.dtype) for x in form.both[0]],
             "gradients": [self._zeros((*lead, rings.gradients.size, *x.shape), stage, x.dtype) for x in form.both[0]],
             "blocks": self._pin_blocks(
                 jax.tree.map(lambda leaf: jnp.zeros((self.count, *leaf.shape), _wide(leaf.dtype)), parts)
             ),
             "ends": self._pin_ends(
-                jax.tree.map(lambda leaf: jnp.zeros((self.count, *leaf.shape), _wide(leaf.dtype)), ends)
+                jax.tree.map(lambda leaf: jnp.zeros((*form.lead, *leaf.shape), _wide(leaf.dtype)), ends), form
             ),
             "sums": self._sums(ends, form, micro),
         }
         ticks = ticks_of(self.schedule)
         rows = {field.name: getattr(ticks, field.name) for field in dataclasses.fields(ticks)}
         carry, _ = lax.scan(self._tick(ends, parts, held, fixed, micro, form), carry, rows)
-        return Found(sums=carry["sums"], ends=carry["ends"], blocks=self._whole(carry["blocks"], blocks))
+        # Where rows are split over the stages, so are these sums: one reduction over them, after the scan.
+        sums, ends_sum = jax.tree.map(
+            lambda leaf: leaf.sum(1) if form.is_split else leaf, (carry["sums"], carry["ends"])
+        )
+        return Found(sums=sums, ends=ends_sum, blocks=self._whole(carry["blocks"], blocks))
 
     def forward(
         self, ends: PyTree, blocks: PyTree, micro: PyTree, *, held: PyTree = None, fixed: PyTree = None
@@ -203,12 +208,12 @@ class Run:
         """The sums alone, by the forwards of the schedule."""
         parts, held = self._parts(blocks), self._parts(held)
         form = self._form(ends, micro)
-        carry = {**self._streams(form, self.schedule.buffers.inputs.size), "sums": self._sums(ends, form, micro)}
+        carry = {**self._streams(form, self.schedule.room), "sums": self._sums(ends, form, micro)}
         ticks = ticks_of(self.schedule)
         last = 1 + int(np.flatnonzero((ticks.forward >= 0).any(axis=1))[-1])
         rows = {field.name: getattr(ticks, field.name)[:last] for field in dataclasses.fields(ticks)}
         carry, _ = lax.scan(self._forward_tick(ends, parts, held, fixed, micro, form), carry, rows)
-        return carry["sums"]
+        return jax.tree.map(lambda leaf: leaf.sum(1) if form.is_split else leaf, carry["sums"])
 
     def _zeros(self, shape: tuple[int, ...], spec: PartitionSpec, dtype: Any) -> jax.Array:
         return self._constrained(jnp.zeros(shape, dtype), spec)
@@ -227,8 +232,50 @@ class Run:
         }
 
     def _form(self, ends: PyTree, micro: PyTree) -> "_Form":
-        shape = jax.eval_shape(self.model.embed, ends, jax.tree.map(lambda leaf: leaf[0, 0], micro))
-        return _Form.of(shape)
+        """The form of the stream; with rows split over the stages where all of it and of the batch has rows."""
+        p = self.schedule.stages
+        shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[2:], leaf.dtype), micro)
+        whole = _Form.of(jax.eval_shape(self.model.embed, ends, shapes))
+        whole = dataclasses.replace(whole, lead=(self.count,))
+        rows = {leaf.shape[:1] for leaf in jax.tree.leaves((shapes, whole.both))}
+        placed = [] if self.specs is None else jax.tree.leaves(self.specs[0], is_leaf=lambda spec: isinstance(spec, P))
+        is_vocabulary_split = any(self.axis in jax.tree.leaves(tuple(spec)) for spec in placed)
+        if p == 1 or len(rows) > 1 or is_vocabulary_split or any(not each or each[0] % p for each in rows):
+            return whole
+        fewer = lambda x: jax.ShapeDtypeStruct((x.shape[0] // p, *x.shape[1:]), x.dtype)
+        part = _Form.of(jax.eval_shape(self.model.embed, ends, jax.tree.map(fewer, shapes)))
+        if part.both != jax.tree.map(fewer, whole.both):
+            return whole
+        return dataclasses.replace(whole, lead=(self.count, p))
+
+    def _split(self, tree: PyTree, form: "_Form", before: int = 0) -> PyTree:
+        """Arrays [R, b, ...] as [R, p, b / p, ...], rows dealt out to the stages in turn; nothing moves.
+
+        In turn, for the rows may be split over other axes already: of each of their pieces every stage takes a part.
+
+        Args:
+            tree: Arrays.
+            form: Says whether rows are split.
+            before: Dims before that of replicas.
+        """
+        if not form.is_split:
+            return tree
+        at, p = before + 1, self.schedule.stages
+
+        def one(leaf: jax.Array) -> jax.Array:
+            rows = leaf.reshape(*leaf.shape[:at], leaf.shape[at] // p, p, *leaf.shape[at + 1 :])
+            return self._constrained(jnp.moveaxis(rows, at + 1, at), P(*[None] * before, self.replicas, self.axis))
+
+        return jax.tree.map(one, tree)
+
+    def _joined(self, tree: PyTree, form: "_Form") -> PyTree:
+        """The inverse of `_split`."""
+
+        def one(leaf: jax.Array) -> jax.Array:
+            rows = jnp.moveaxis(leaf, 1, 2)
+            return rows.reshape(rows.shape[0], -1, *rows.shape[3:])
+
+        return jax.tree.map(one, tree) if form.is_split else tree
 
     def _sums(self, ends: PyTree, form: "_Form", micro: PyTree) -> Any:
         """Zeros for the sum of the losses and what comes with it."""
@@ -237,9 +284,12 @@ class Run:
             return self.model.loss(ends, form.together(*both), micro)
 
         shapes = jax.eval_shape(one, ends, form.both, jax.tree.map(lambda leaf: leaf[0, 0], micro))
-        return jax.tree.map(
-            lambda x: self._zeros((self.count, *x.shape), P(self.replicas), _wide(x.dtype)), tuple(shapes)
-        )
+        spec = P(*self._lead(form))
+        return jax.tree.map(lambda x: self._zeros((*form.lead, *x.shape), spec, _wide(x.dtype)), tuple(shapes))
+
+    def _lead(self, form: "_Form") -> tuple[Any, ...]:
+        """The axes of the leading dims of what the ends add up."""
+        return (self.replicas, self.axis) if form.is_split else (self.replicas,)
 
     def _parts(self, blocks: PyTree) -> PyTree:
         """Layers as [v, p, n, ...]: part `c * p + i` is chunk c of stage i."""
@@ -255,10 +305,11 @@ class Run:
         """Sums [R, v, p, n, ...] in the shapes of `blocks`, after the dim of replicas."""
         return jax.tree.map(lambda part, leaf: part.reshape(self.count, *leaf.shape), parts, blocks)
 
-    def _pin_ends(self, sums: PyTree) -> PyTree:
+    def _pin_ends(self, sums: PyTree, form: "_Form") -> PyTree:
+        lead = self._lead(form)
         if self.specs is None:
-            return jax.tree.map(lambda leaf: self._constrained(leaf, P(self.replicas)), sums)
-        place = lambda leaf, spec: lax.with_sharding_constraint(leaf, NamedSharding(self.mesh, P(self.replicas, *spec)))
+            return jax.tree.map(lambda leaf: self._constrained(leaf, P(*lead)), sums)
+        place = lambda leaf, spec: lax.with_sharding_constraint(leaf, NamedSharding(self.mesh, P(*lead, *spec)))
         return jax.tree.map(place, sums, self.specs[0])
 
     def _pin_blocks(self, sums: PyTree) -> PyTree:
@@ -302,10 +353,10 @@ class Run:
             enters_slot = jnp.where(is_first, shared["enters_slot"], -1)
 
             def take_in(ring: jax.Array, came: jax.Array, entered: jax.Array) -> jax.Array:
-                return _write(_write(ring[0, 0], row["arrives"], came[0, 0]), enters_slot, entered[0])
+                return _write(_write(ring, row["arrives"], came), enters_slot, entered[None])
 
             inputs = jax.tree.map(take_in, inputs, came, entered)
-            x = jax.tree.map(lambda ring: _at(ring, row["forward_slot"]), inputs)
+            x = jax.tree.map(lambda ring: _read(ring, row["forward_slot"]), inputs)
             given = self._vary(self._given(fixed, micro, row["forward"]))
 
             def run(x: Any, given: PyTree) -> Any:
@@ -318,7 +369,7 @@ class Run:
             is_last = lax.axis_index(self.axis) == p - 1
             left = lax.cond(shared["leaves"] >= 0, lambda y: self._only(y, is_last), self._nothing, y)
             lead = lambda tree: jax.tree.map(lambda leaf: leaf[None, None], tree)
-            return lead(inputs), lead(y), jax.tree.map(lambda leaf: leaf[None], left)
+            return inputs, lead(y), jax.tree.map(lambda leaf: leaf[None], left)
 
         stage, each = P(self.replicas, self.axis), P(self.replicas)
         pieces, here = P(None, self.axis), P(None, self.replicas)
@@ -339,11 +390,11 @@ class Run:
             leaves_slot = jnp.where(is_last, shared["leaves_slot"], -1)
 
             def take_in(ring: jax.Array, returned: jax.Array, leaving: jax.Array) -> jax.Array:
-                return _write(_write(ring[0, 0], row["returns"], returned[0, 0]), leaves_slot, leaving[0])
+                return _write(_write(ring, row["returns"], returned), leaves_slot, leaving[None])
 
             gradients = jax.tree.map(take_in, gradients, returned, leaving)
-            floats, others = jax.tree.map(lambda leaf: _at(leaf[0, 0], row["backward_slot"]), inputs)
-            gradient = jax.tree.map(lambda leaf: _at(leaf, row["gradient_slot"]), gradients)
+            floats, others = jax.tree.map(lambda ring: _read(ring, row["backward_slot"]), inputs)
+            gradient = jax.tree.map(lambda ring: _read(ring, row["gradient_slot"]), gradients)
             sums = jax.tree.map(lambda leaf: leaf[0, :, 0], sums)
             given = self._vary(self._given(fixed, micro, row["backward"]))
 
@@ -374,7 +425,7 @@ class Run:
             return (
                 came,
                 returned,
-                jax.tree.map(lambda leaf: leaf[None, None], gradients),
+                gradients,
                 jax.tree.map(lambda leaf: leaf[None, :, None], sums),
                 jax.tree.map(lambda leaf: leaf[None], done),
             )
@@ -388,13 +439,18 @@ class Run:
         )
 
     def _enter(self, ends: PyTree, form: "_Form", micro: PyTree, row: Any) -> Any:
-        """The stream that enters in this tick, zeros if none does."""
-        embed = self._mapped(lambda ends, entering: form.apart(self.model.embed(ends, entering)))
+        """The stream that enters in this tick, zeros if none does; `micro` split."""
+        embed = self._mapped(lambda ends, entering: form.apart(self.model.embed(ends, entering)), form)
 
         def nothing(*_: Any) -> Any:
             return jax.tree.map(lambda x: jnp.zeros((self.count, *x.shape), x.dtype), form.both)
 
-        return lax.cond(row["enters"] >= 0, lambda entering: embed(ends, entering), nothing, _of(micro, row["enters"]))
+        return lax.cond(
+            row["enters"] >= 0,
+            lambda entering: self._joined(embed(ends, entering), form),
+            nothing,
+            _of(micro, row["enters"]),
+        )
 
     def _forward_tick(
         self, ends: PyTree, parts: PyTree, held: PyTree, fixed: PyTree, micro: PyTree, form: "_Form"
@@ -405,19 +461,20 @@ class Run:
         def hand_on(y: Any) -> Any:
             return jax.tree.map(lambda leaf: lax.ppermute(leaf, self.axis, ring), y)
 
-        score = self._mapped(lambda ends, micro, both: tuple(self.model.loss(ends, form.together(*both), micro)))
+        loss = lambda ends, micro, both: tuple(self.model.loss(ends, form.together(*both), micro))
+        score, split = self._mapped(loss, form), self._split(micro, form, 1)
 
         def tick(carry: Any, row: Any) -> tuple[Any, None]:
             by_stage, shared = _by_stage(row)
-            entered = self._enter(ends, form, micro, row)
+            entered = self._enter(ends, form, split, row)
             inputs, y, left = run_forward(
                 by_stage, shared, (parts, held), fixed, micro, carry["came"], entered, carry["inputs"]
             )
             sums = lax.cond(
                 row["leaves"] >= 0,
-                lambda left, sums, scored: _added(sums, score(ends, scored, left)),
+                lambda left, sums, scored: _added(sums, score(ends, scored, self._split(left, form))),
                 lambda left, sums, scored: sums,
-                *(left, carry["sums"], _of(micro, row["leaves"])),
+                *(left, carry["sums"], _of(split, row["leaves"])),
             )
             came = self._region(hand_on, (stage,), stage)(y) if ring else y
             return {"came": came, "inputs": inputs, "sums": sums}, None
@@ -428,38 +485,44 @@ class Run:
         self, ends: PyTree, parts: PyTree, held: PyTree, fixed: PyTree, micro: PyTree, form: "_Form"
     ) -> Callable[[Any, Any], Any]:
         run_forward, run_backward = self._run_forward(form), self._run_backward(form)
-        score, embed_back = self._mapped(self._loss_of(form)), self._mapped(self._embed_back_of(form))
+        score, embed_back = self._mapped(self._loss_of(form), form), self._mapped(self._embed_back_of(form), form)
+        split = self._split(micro, form, 1)
 
         def tick(carry: Any, row: Any) -> tuple[Any, None]:
             by_stage, shared = _by_stage(row)
-            entered = self._enter(ends, form, micro, row)
+            entered = self._enter(ends, form, split, row)
             inputs, y, left = run_forward(
                 by_stage, shared, (parts, held), fixed, micro, carry["came"], entered, carry["inputs"]
             )
 
             def leave(left: Any, ends_sum: PyTree, sums: Any, scored: PyTree) -> Any:
-                found, more, leaving = score(ends, scored, left)
-                return leaving, self._pin_ends(_added(ends_sum, more)), _added(sums, found)
+                found, more, leaving = score(ends, scored, self._split(left, form))
+                return self._joined(leaving, form), self._pin_ends(_added(ends_sum, more), form), _added(sums, found)
 
             leaving, ends_sum, sums = lax.cond(
                 row["leaves"] >= 0,
                 leave,
                 lambda left, ends_sum, sums, scored: (jax.tree.map(jnp.zeros_like, left[0]), ends_sum, sums),
-                *(left, carry["ends"], carry["sums"], _of(micro, row["leaves"])),
+                *(left, carry["ends"], carry["sums"], _of(split, row["leaves"])),
             )
             came, returned, gradients, blocks, done = run_backward(
                 *(by_stage, shared, (parts, held), fixed, micro, y, carry["returned"], leaving, inputs),
                 *(carry["gradients"], carry["blocks"]),
             )
+
+            def finish(done: Any, ends_sum: PyTree, finished: PyTree) -> PyTree:
+                more = embed_back(ends, finished, self._split(done, form))
+                return self._pin_ends(_added(ends_sum, more), form)
+
             ends_sum = lax.cond(
                 row["done"] >= 0,
-                lambda done, ends_sum, finished: self._pin_ends(_added(ends_sum, embed_back(ends, finished, done))),
+                finish,
                 lambda done, ends_sum, finished: ends_sum,
-                *(done, ends_sum, _of(micro, row["done"])),
+                *(done, ends_sum, _of(split, row["done"])),
             )
             return {
                 "came": came, "returned": returned, "inputs": inputs, "gradients": gradients,
-                "blocks": self._pin_blocks(blocks), "ends": self._pin_ends(ends_sum), "sums": sums,
+                "blocks": self._pin_blocks(blocks), "ends": self._pin_ends(ends_sum, form), "sums": sums,
             }, None  # fmt: skip
 
         return tick
@@ -484,12 +547,13 @@ class Run:
 
         return back
 
-    def _mapped(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """`function(ends, ...)` for each replica apart."""
+    def _mapped(self, function: Callable[..., Any], form: "_Form") -> Callable[..., Any]:
+        """`function(ends, ...)` for each replica apart, and for each part of its rows."""
 
         def run(ends: PyTree, *rest: Any) -> Any:
-            in_axes = (None, *[0] * len(rest))
-            return jax.vmap(function, in_axes=in_axes, spmd_axis_name=self.replicas or None)(ends, *rest)
+            mapped = ft.partial(jax.vmap, in_axes=(None, *[0] * len(rest)))
+            inner = mapped(function, spmd_axis_name=self.axis) if form.is_split else function
+            return mapped(inner, spmd_axis_name=self.replicas or None)(ends, *rest)
 
         return run
 
@@ -530,12 +594,19 @@ class _Form:
         implementations: Of each leaf that is a random-number key; `None` for others.
         is_float: Whether each leaf has a gradient.
         both: The shapes of the two lists.
+        lead: Leading dims of what the ends add up: the replicas; the stages too, where the ends' rows are split.
     """
 
     treedef: Any
     implementations: tuple[Any, ...]
     is_float: tuple[bool, ...]
     both: Both
+    lead: tuple[int, ...] = ()
+
+    @property
+    def is_split(self) -> bool:
+        """Whether each stage computes the ends for its part of the rows of a microbatch."""
+        return len(self.lead) > 1
 
     @classmethod
     def of(cls, stream: PyTree) -> "_Form":
@@ -629,9 +700,19 @@ def _check(schedule: Schedule, mesh: Mesh, axis: str, replicas: Axes) -> None:
 
 
 def _write(ring: jax.Array, slot: jax.Array, value: jax.Array) -> jax.Array:
-    """`value` into a slot, none if it is -1. What does not change is one slot, not the ring."""
+    """`value` into a slot of a ring [1, 1, slots, ...], none if it is -1. What does not change is one slot.
+
+    In the shape in which the ring goes around the loop: of a ring that is given another shape in between XLA makes a
+    second one, and copies all of it in each tick.
+    """
     at = jnp.maximum(slot, 0)
-    return lax.dynamic_update_index_in_dim(ring, jnp.where(slot >= 0, value, _at(ring, at)), at, 0)
+    value = jnp.where(slot >= 0, value[:, :, None], lax.dynamic_slice_in_dim(ring, at, 1, axis=2))
+    return lax.dynamic_update_slice_in_dim(ring, value, at, axis=2)
+
+
+def _read(ring: jax.Array, slot: jax.Array) -> jax.Array:
+    """What is in a slot of a ring [1, 1, slots, ...]."""
+    return lax.dynamic_slice_in_dim(ring, jnp.maximum(slot, 0), 1, axis=2)[0, 0, 0]
 
 
 def _at(leaf: jax.Array, index: jax.Array) -> jax.Array:
