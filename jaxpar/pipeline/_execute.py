@@ -362,7 +362,7 @@ class Run:
             def run(x: Any, given: PyTree) -> Any:
                 return self._through(form, _chunk(parts, row["forward_chunk"]), x, given)
 
-            def skip(x: Any, given: PyTree) -> Any:
+            def skip(x: Any, *_: Any) -> Any:
                 return self._vary(jax.tree.map(jnp.zeros_like, x))
 
             y = lax.cond(row["forward"] >= 0, run, skip, x, given)
@@ -412,7 +412,7 @@ class Run:
                 )
                 return self._vary(dx), jax.tree.map(add, sums, more)
 
-            def skip(floats: Any, others: Any, gradient: Any, sums: PyTree, given: PyTree) -> Any:
+            def skip(floats: Any, others: Any, gradient: Any, sums: PyTree, *_: Any) -> Any:  # noqa: ARG001
                 return self._vary(jax.tree.map(jnp.zeros_like, floats)), sums
 
             dx, sums = lax.cond(row["backward"] >= 0, run, skip, floats, others, gradient, sums, given)
@@ -442,8 +442,7 @@ class Run:
         """The stream that enters in this tick, zeros if none does; `micro` split."""
         embed = self._mapped(lambda ends, entering: form.apart(self.model.embed(ends, entering)), form)
 
-        def nothing(entering: PyTree) -> Any:
-            del entering
+        def nothing(*_: Any) -> Any:
             return jax.tree.map(lambda x: jnp.zeros((self.count, *x.shape), x.dtype), form.both)
 
         return lax.cond(
@@ -582,7 +581,8 @@ class Run:
         return jax.tree.map(one, x)
 
 
-Floats, Others = list[Any], list[Any]
+Both = tuple[list[Any], list[Any]]
+"""The arrays of a stream that have a gradient, and the others."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -600,7 +600,7 @@ class _Form:
     treedef: Any
     implementations: tuple[Any, ...]
     is_float: tuple[bool, ...]
-    both: tuple[Floats, Others]
+    both: Both
     lead: tuple[int, ...] = ()
 
     @property
@@ -612,20 +612,27 @@ class _Form:
     def of(cls, stream: PyTree) -> "_Form":
         leaves, treedef = jax.tree.flatten(stream)
         is_key = [jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key) for leaf in leaves]
-        implementations = [jax.random.key_impl(leaf) if key else None for leaf, key in zip(leaves, is_key, strict=True)]
+        implementations: list[Any] = []
+
+        def ask(leaves: list[Any]) -> None:  # in a trace: a shape does not tell
+            implementations.extend(
+                jax.random.key_impl(leaf) if key else None for leaf, key in zip(leaves, is_key, strict=True)
+            )
+
+        jax.eval_shape(ask, leaves)
         is_float = tuple(bool(jnp.issubdtype(leaf.dtype, jnp.inexact)) for leaf in leaves)
         bare = cls(treedef, tuple(implementations), is_float, ([], []))
         return dataclasses.replace(bare, both=jax.eval_shape(bare.apart, stream))
 
-    def apart(self, stream: PyTree) -> tuple[Floats, Others]:
+    def apart(self, stream: PyTree) -> Both:
         """Arrays with a gradient, and others."""
-        floats: Floats = []
-        others: Others = []
+        floats: list[Any] = []
+        others: list[Any] = []
         for leaf, key, is_float in zip(jax.tree.leaves(stream), self.implementations, self.is_float, strict=True):
             (floats if is_float else others).append(leaf if key is None else jax.random.key_data(leaf))
         return floats, others
 
-    def together(self, floats: Floats, others: Others) -> PyTree:
+    def together(self, floats: list[Any], others: list[Any]) -> PyTree:
         """The stream of these."""
         rest_floats, rest_others = iter(floats), iter(others)
         leaves = []
