@@ -413,7 +413,8 @@ def check_microbatches(plan: Any, rows: int, accumulate: int = 1) -> None:
     if rows % unit:
         below = rows // unit * unit
         fits = [m for m in range(1, rows // parts + 1) if rows % (parts * m) == 0]
-        near = sorted(sorted(fits, key=lambda m: abs(m - schedule.microbatches))[:2])
+        more = [m for m in fits if m > schedule.microbatches]
+        near = [m for m in fits if m not in more][-1:] + more[:1]
         over = f" over {parts} devices that split it" if parts > 1 else ""
         instead = f", or {' or '.join(map(str, near))} microbatches" if near else ""
         raise StepError(

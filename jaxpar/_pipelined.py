@@ -271,8 +271,8 @@ def _given(closed: Any, paths: list[str]) -> tuple[list[Any], Callable[[list[Any
             return var.val if isinstance(var, jax_core.Literal) else values[var]
 
         for eqn in reversed(kept):
-            functions, params = eqn.primitive.get_bind_params(eqn.params)
-            found = eqn.primitive.bind(*functions, *map(value_of, eqn.invars), **params)
+            params = eqn.primitive.get_bind_params(eqn.params)
+            found = eqn.primitive.bind(*map(value_of, eqn.invars), **params)
             values.update(zip(eqn.outvars, found if eqn.primitive.multiple_results else [found], strict=True))
         return [value_of(var) for var in jaxpr.outvars]
 
