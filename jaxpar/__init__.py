@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from ._vocab import cross_entropy as cross_entropy, embed as embed
     from .compare import compare as compare
     from .explain import explain as explain
-    from .parallel import DP as DP, FSDP as FSDP, TP as TP, ZeRO as ZeRO
+    from .parallel import DP as DP, FSDP as FSDP, PP as PP, TP as TP, ZeRO as ZeRO
     from .pipeline import Schedule as Schedule, schedule as schedule
     from .run import Run as Run, fit as fit
 
@@ -53,7 +53,7 @@ _HOME = {
     "_stack": ("Stack", "remat"),
     "_verify": ("verify",),
     "_vocab": ("cross_entropy", "embed"),
-    "parallel": ("DP", "FSDP", "TP", "ZeRO"),
+    "parallel": ("DP", "FSDP", "PP", "TP", "ZeRO"),
     "pipeline": ("Schedule", "schedule"),
     "run": ("Run", "fit"),
 }

@@ -9,8 +9,7 @@ import math
 from collections.abc import Sequence
 
 import jax
-from jax import lax
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import PartitionSpec
 
 from . import _context
 from ._errors import ShardingError, nearest
@@ -54,7 +53,7 @@ def constrain(x: jax.Array, *dims: str | None) -> jax.Array:
         return x
     axes = layout(region, "constrain", dims, x.shape)
     entries = [PartitionSpec.UNCONSTRAINED if dim is None else at or None for dim, at in zip(dims, axes, strict=True)]
-    return lax.with_sharding_constraint(x, NamedSharding(region.mesh, PartitionSpec(*entries)))
+    return region.constrain(x, PartitionSpec(*entries))
 
 
 def layout(region: _context.Region, caller: str, dims: Sequence[str | None], shape: Sequence[int]) -> tuple[Axes, ...]:

@@ -72,7 +72,8 @@ class Record:
         compute_dtype: The dtype in which the model reads it.
         role: `"column"` or `"row"` if tensor parallelism splits its outputs or its inputs, `"shared"` if its
             outputs are heads too few to split, `"table"` if its rows are looked up by index, else `""`.
-        layers: 1 if its first dim stacks equal blocks that a scan runs one by one, else 0.
+        layers: How many of its first dims stack equal blocks that a scan runs one by one: 1, in a pipeline of several
+            chunks 2, or 0.
         remat: Whether those blocks are computed again in the backward pass.
         memory_kind: Where its pieces lie: `"device"`.
         reasons: `(strategy, what it did and why)`.
@@ -135,7 +136,7 @@ class Plan:
         axes: Size of each mesh axis, outermost first.
         records: What it says of each leaf, by path.
         optimizer_records: The same for each leaf of the optimiser's state, if an optimiser was given.
-        dims: The mesh axes of each logical dim of activations.
+        dims: The mesh axes of each logical dim of activations; and `"stages"`, those of a pipeline.
         replicas: Axes over which gradients are summed once a step.
         shards: Axes over which gradients are reduce-scattered, once a microbatch.
         strategies: What was asked for, as text.
@@ -171,6 +172,11 @@ class Plan:
     def batch_axes(self) -> Axes:
         """The axes that split the batch."""
         return self.dims.get("batch", ())
+
+    @property
+    def stage_axis(self) -> str | None:
+        """The axis whose devices are the stages of a pipeline, if there is one."""
+        return next(iter(self.dims.get("stages", ())), None)
 
     @property
     def parameters(self) -> Iterator[Record]:
@@ -308,7 +314,8 @@ def _spec_axes(spec: PartitionSpec) -> set[str]:
 def _moves(plan: Plan, record: Record) -> Iterator[Move]:
     if record.slot not in ("parameter", "frozen"):
         return
-    times = record.shape[0] if record.layers else 1
+    counted = record.layers and plan.local_shape(record.shape, record.storage)[: record.layers]
+    times = math.prod(counted) if counted else 1
     where = " of each layer" if record.layers else ""
     gathered = _in_order(plan, _spec_axes(record.storage) - _spec_axes(record.compute))
     if gathered:

@@ -60,7 +60,7 @@ class Leaf:
         alias: What patterns see of the path: not the `value` that Linen's boxes add.
         shape: Global shape.
         itemsize: Bytes an element.
-        layers: Leading dims that stack equal blocks: 0 or 1. Never split; strategies see the dims after them.
+        layers: Leading dims that stack equal blocks. Strategies see the dims after them; a pipeline splits the last.
         names: A logical name for each dim, or `None` where the model carries none.
         owner: The type name of the object that holds it as an attribute; `""` for an item of a dict or a list.
         role: `"column"` or `"row"` if tensor parallelism splits its outputs or its inputs; `""` otherwise.

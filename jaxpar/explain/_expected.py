@@ -140,7 +140,16 @@ class _Pool:
         """What is expected of a step though no leaf moves: sums of numbers, and the two ends of a split vocabulary."""
         if each.kind == "all-reduce" and math.prod(each.shape) <= _FEW_NUMBERS:
             return self._sums(each)
-        return self._vocabulary(each)
+        return self._between_stages(each) or self._vocabulary(each)
+
+    def _between_stages(self, each: Collective) -> str:
+        """What a pipeline moves."""
+        if self.plan.stage_axis is None or each.axes != (self.plan.stage_axis,):
+            return ""
+        return {
+            "collective-permute": "activation to the next stage, or its gradient to the one before",
+            "all-reduce": "activation or gradient, between the stages and what is outside of them",
+        }.get(each.kind, "")
 
     def _vocabulary(self, each: Collective) -> str:
         """The two ends of a model whose vocabulary is split."""

@@ -2,5 +2,6 @@
 
 from .data import DP as DP
 from .fsdp import FSDP as FSDP
+from .pipeline import PP as PP
 from .tensor import TP as TP
 from .zero import ZeRO as ZeRO

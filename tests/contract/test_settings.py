@@ -67,6 +67,15 @@ def blocks_plan(**settings):
     return jp.plan(Blocks, mesh(fsdp=8), [jp.FSDP(**settings)])
 
 
+def staged(one, other, axis="pipe"):
+    """Whether the notes of two plans, which say what a stage holds and when it runs what, differ."""
+    make = lambda: jp.Stack(lambda rngs: nnx.Linear(64, 64, rngs=rngs), 8, rngs=nnx.Rngs(0))
+    plans = [
+        jp.plan(make, mesh(**{name: 4, "data": 2}), [jp.DP(), each]) for name, each in (("pipe", one), (axis, other))
+    ]
+    return plans[0].notes != plans[1].notes
+
+
 TP = {"column": ["up"], "row": ["down"]}
 
 STRATEGIES = {
@@ -85,6 +94,10 @@ STRATEGIES = {
     (jp.FSDP, "min_bytes"): lambda: differs(jp.FSDP(), jp.FSDP(min_bytes=20_000), fsdp=8),
     (jp.FSDP, "whole"): lambda: differs(jp.FSDP(), jp.FSDP(whole=["up"]), fsdp=8),
     (jp.FSDP, "reduce"): lambda: differs(jp.FSDP(), jp.FSDP(reduce="step"), fsdp=8),
+    (jp.PP, "axis"): lambda: staged(jp.PP(microbatches=4), jp.PP(axis="stage", microbatches=4), "stage"),
+    (jp.PP, "schedule"): lambda: staged(jp.PP(microbatches=4), jp.PP(schedule="gpipe", microbatches=4)),
+    (jp.PP, "microbatches"): lambda: staged(jp.PP(microbatches=4), jp.PP(microbatches=8)),
+    (jp.PP, "chunks"): lambda: staged(jp.PP(microbatches=4), jp.PP(microbatches=4, chunks=2)),
     (jp.TP, "axis"): lambda: differs(jp.TP(**TP), jp.TP(**TP, axis="t"), tensor=8, other_mesh=mesh(t=8)),
     (jp.TP, "column"): lambda: differs(jp.TP(row=["down"]), jp.TP(**TP), tensor=8),
     (jp.TP, "row"): lambda: differs(jp.TP(column=["up"]), jp.TP(**TP), tensor=8),
@@ -266,7 +279,7 @@ EFFECTS = STRATEGIES | PRECISION | RECIPE | OPTIONS
 def test_every_setting_has_an_entry():
     settings = {
         (kind, field.name)
-        for kind in (jp.DP, jp.ZeRO, jp.FSDP, jp.TP, jp.Precision, jp.Recipe)
+        for kind in (jp.DP, jp.ZeRO, jp.FSDP, jp.PP, jp.TP, jp.Precision, jp.Recipe)
         for field in dataclasses.fields(kind)
     }
     settings |= {
