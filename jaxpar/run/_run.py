@@ -15,7 +15,6 @@ import numbers
 import os
 import pathlib
 import signal
-import socket
 import time
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
@@ -33,8 +32,9 @@ from ..checkpoint._parts import plain_json, take_apart
 from ..checkpoint._restore import restore_valid
 from ..checkpoint._steps import newest, none_valid, root, set_aside, tidy
 from . import _signals
+from ._events import Events
 from ._every import parse_every
-from ._writers import Console, JSONLines, Writer, append_line
+from ._writers import Console, JSONLines, Writer
 
 T = TypeVar("T")
 
@@ -100,6 +100,7 @@ class Run:
         self.metrics: dict[str, float] = {}
         self.stopped_by: str | None = None
         self._every = parse_every(every)
+        self.events = Events(self.directory)
         self._keep = keep
         self._name = name
         self._metadata = {"run": name, **plain_json(dict(metadata or {}), "metadata")}
@@ -145,12 +146,15 @@ class Run:
         self._claim()
         self._loose = sorted(take_apart(state).loose)
         latest = self._newest()
-        self._event("start", step=latest or 0, host=socket.gethostname(), pid=os.getpid(), versions=versions())
+        text = f"Process {jax.process_index()} of {jax.process_count()} begins."
+        self.events.write("start", text, step=latest or 0, processes=jax.process_count(), versions=versions())
         if latest is not None:
             state = restore_valid(self._checkpoints / str(latest), state, donate=donate)
             self.step = latest
-            self._event("restore", step=latest)
-            _processes.say(logging.INFO, "%s: going on after step %d.", self.directory, latest)
+            text = f"{self.directory}: going on after step {latest}."
+            _processes.say(logging.INFO, "%s", text)
+            if _processes.is_first():
+                self.events.write("restore", text, step=latest)
         self._state = state
         self._is_restored = True
         self._saved_at = time.monotonic()
@@ -220,14 +224,16 @@ class Run:
         """The newest valid step; what is damaged after it is set aside, so that its number is free again."""
         if _processes.is_first():
             for step in tidy(self._checkpoints):
-                self._event("set_aside", step=step, why="incomplete")
-                _processes.say(logging.WARNING, "%s: step %d is incomplete and was set aside.", self._checkpoints, step)
+                text = f"{self._checkpoints}: step {step} is incomplete and was set aside."
+                self.events.write("set_aside", text, step=step, why="incomplete")
+                _processes.say(logging.WARNING, "%s", text)
         found = newest(self._checkpoints)
         if found.damaged and found.step is None:
             raise none_valid(self._checkpoints, found.damaged)
         for step, lines in found.damaged.items() if _processes.is_first() else ():
             set_aside(self._checkpoints, step, "damaged")
-            self._event("set_aside", step=step, why=lines[0])
+            text = f"{self._checkpoints}: step {step} is damaged ({lines[0]}) and was set aside."
+            self.events.write("set_aside", text, step=step, why=lines[0])
         return found.step
 
     def _steps(self, total: int) -> Iterator[int]:
@@ -291,14 +297,21 @@ class Run:
             return
         self._saving = None
         saving.wait()
-        self._event("save", step=saving.step)
-        _processes.say(logging.INFO, "%s: step %d is saved.", self.directory, saving.step)
+        text = f"{self.directory}: step {saving.step} is saved."
+        _processes.say(logging.INFO, "%s", text)
+        if _processes.is_first():
+            self.events.write("save", text, step=saving.step)
         if self._keep is not None:
             checkpoint.prune(self._checkpoints, self._keep)
 
     def _leave(self, reason: str, request: _signals.Request) -> None:
         if request.hurried:
-            self._event("stop", step=self.step, reason="SIGINT twice")
+            self.events.write(
+                "stop",
+                f"Left in step {self.step} by a second Ctrl-C, not saved.",
+                step=self.step,
+                reason="SIGINT twice",
+            )
             return
         try:
             self._finish_saving(wait=True)
@@ -307,7 +320,7 @@ class Run:
             self._now.clear()
             for writer in self._writers if _processes.is_first() else ():
                 writer.close()
-            self._event("stop", step=self.step, reason=reason)
+            self.events.write("stop", f"Left the loop after step {self.step}: {reason}.", step=self.step, reason=reason)
 
     def _send_metrics(self) -> None:
         """Write the metrics of the step before, whose values are there by now, and hold back those of this step."""
@@ -351,10 +364,6 @@ class Run:
             written = about.with_suffix(".tmp")
             written.write_text(json.dumps({"format": 1, "name": self._name, "started": _now()}) + "\n")
             written.rename(about)
-
-    def _event(self, event: str, **fields: Any) -> None:
-        if _processes.is_first():
-            append_line(self.directory / "events.jsonl", {"time": _now(), "event": event, **fields})
 
 
 def _arrays(state: PyTree) -> dict[str, jax.Array]:

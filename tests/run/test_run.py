@@ -93,7 +93,7 @@ def lines(file):
 
 
 def events(directory):
-    return [(line["event"], line["step"]) for line in lines(directory / "events.jsonl")]
+    return [(line["kind"], line["step"]) for line in lines(directory / "events.jsonl")]
 
 
 def interrupt_at(step, *numbers):
@@ -132,7 +132,7 @@ def test_a_crash_repeats_from_the_last_save(mesh, tmp_path):
     assert events(tmp_path / "b") == [
         ("start", 0), ("save", 2), ("save", 4), ("stop", 5), ("start", 4), ("restore", 4), ("save", 6), ("stop", 6),
     ]  # fmt: skip
-    reasons = [line["reason"] for line in lines(tmp_path / "b" / "events.jsonl") if line["event"] == "stop"]
+    reasons = [line["reason"] for line in lines(tmp_path / "b" / "events.jsonl") if line["kind"] == "stop"]
     assert reasons == ["left", "finished"]
 
 
@@ -354,7 +354,7 @@ def test_a_damaged_step_is_set_aside_and_done_again(mesh, tmp_path, caplog):
     assert resumed == train(tmp_path / "a", mesh, 6)[2]
     assert "step 4 is DAMAGED, so the latest valid step is 2." in caplog.text
     assert sorted(path.name for path in (tmp_path / "b" / "checkpoints").iterdir()) == ["2", "4", "4.damaged", "6"]
-    (why,) = [line["why"] for line in lines(tmp_path / "b" / "events.jsonl") if line["event"] == "set_aside"]
+    (why,) = [line["why"] for line in lines(tmp_path / "b" / "events.jsonl") if line["kind"] == "set_aside"]
     assert why.endswith(": other bytes than were saved (SHA-256)")
 
 
