@@ -173,7 +173,9 @@ def _check(
 
     def told(name: str) -> str:
         tensor = wanted[name]
-        return f"{name}: {there.get(name, 'missing')} in the files, {tensor.shape} {tensor.kinds[0]} here ({tensor.leaf})"
+        return (
+            f"{name}: {there.get(name, 'missing')} in the files, {tensor.shape} {tensor.kinds[0]} here ({tensor.leaf})"
+        )
 
     lines = [told(name) for name in wanted if name not in there or not fits(name, cast=cast)]
     surplus = [
@@ -250,7 +252,7 @@ def _write(leaf: Any, tensor: Tensor, placed: Mapping[str, Stored]) -> None:
         values = np.asarray(data)
         for region in tensor.regions(shape, index) if values.size else ():
             stored = placed[region.name]
-            block = tensor.in_tensor(values[region.where])
+            block = tensor.in_tensor(values[(*region.where, ...)])
             stored.write(tensor.full_view(shape, stored.shape), region.block, block)
 
 

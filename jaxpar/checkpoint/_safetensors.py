@@ -1,6 +1,6 @@
 """A directory of safetensors files, as Hugging Face lays it out: which tensor is where, and blocks of tensors.
 
-`model.safetensors` alone, or several files with `model.safetensors.index.json`. The names in an index come from anybody:
+`model.safetensors` alone, or several files with `model.safetensors.index.json`. The names in an index come from anyone:
 each must be a plain name of a file beside it. The format holds no code, and its own library checks every header; what
 holds pickles is refused by name. A block is read through a mapping that is dropped at once, and written in runs, so
 that processes may write into one file.
@@ -55,7 +55,7 @@ class Stored:
 
     def read(self, view: Sequence[int], block: Slices) -> np.ndarray:
         """A block of the tensor, seen in the shape `view`: a mapping of the file, of which only the block is read."""
-        return np.memmap(self.file, jnp.dtype(self.kind), "r", self.offset, tuple(view))[block]
+        return np.memmap(self.file, jnp.dtype(self.kind), "r", self.offset, tuple(view))[(*block, ...)]
 
     def write(self, view: Sequence[int], block: Slices, values: np.ndarray) -> None:
         """Write a block; `values` has its shape. Bytes beside it are not touched, by any file system."""
@@ -111,9 +111,7 @@ def lay_out(directory: pathlib.Path, tensors: Mapping[str, Made], most_bytes: in
         offset = len(header({name: tensors[name] for name in group}))
         for name in group:
             tensor = tensors[name]
-            placed[name] = Stored(
-                file=directory / file, offset=offset, shape=tensor.shape, kind=tensor.kinds[0]
-            )
+            placed[name] = Stored(file=directory / file, offset=offset, shape=tensor.shape, kind=tensor.kinds[0])
             offset += _num_bytes(tensor)
     return placed
 
@@ -201,7 +199,9 @@ def _tensors(file: pathlib.Path) -> dict[str, Stored]:
     entries.pop("__metadata__", None)
     odd = sorted({entry["dtype"] for entry in entries.values()} - DTYPES.keys())
     if odd:
-        raise CheckpointError(f"{file}: tensors of dtype {', '.join(odd)}, which is not known here. Convert them first.")
+        raise CheckpointError(
+            f"{file}: tensors of dtype {', '.join(odd)}, which is not known here. Convert them first."
+        )
     return {
         name: Stored(
             file=file,

@@ -44,10 +44,10 @@ def load(directory: str | os.PathLike[str], model: GPT, *, cast: bool = False) -
         cast: Round to the dtypes of `model`.
 
     Example:
-        >>> cfg = read_config("gpt2")                                           # doctest: +SKIP
-        >>> program = recipe(cfg, batch=8).on(jp.mesh(fsdp=-1))                 # doctest: +SKIP
-        >>> state = program.init()                                              # doctest: +SKIP
-        >>> model = load("gpt2", state["model"])                                # doctest: +SKIP
+        >>> cfg = read_config("gpt2")  # doctest: +SKIP
+        >>> program = recipe(cfg, batch=8).on(jp.mesh(fsdp=-1))  # doctest: +SKIP
+        >>> state = program.init()  # doctest: +SKIP
+        >>> model = load("gpt2", state["model"])  # doctest: +SKIP
     """
     home = pathlib.Path(directory)
     prefix = "" if _is_bare(home, model.cfg) else None
@@ -57,7 +57,9 @@ def load(directory: str | os.PathLike[str], model: GPT, *, cast: bool = False) -
     )
 
 
-def save(directory: str | os.PathLike[str], model: GPT, *, dtype: str | None = None, file_bytes: int = 5_000_000_000):
+def save(
+    directory: str | os.PathLike[str], model: GPT, *, dtype: str | None = None, file_bytes: int = 5_000_000_000
+) -> None:
     """Write `model` so that `transformers.AutoModelForCausalLM.from_pretrained(directory)` reads it.
 
     Args:
@@ -167,7 +169,7 @@ def _from_llama(said: dict[str, Any]) -> tuple[Config, dict[str, Any]]:
     rope = said.get("rope_parameters") or said.get("rope_scaling") or {}
     if rope.get("rope_type", rope.get("type", "default")) != "default":
         raise ValueError(
-            f"config.json scales rotary positions ({rope}), which `models.gpt` does not: it would compute other numbers."
+            f"config.json scales rotary positions ({rope}), and `models.gpt` does not: other numbers would come out."
         )
     cfg = Config(
         vocab_size=said["vocab_size"],
@@ -226,6 +228,6 @@ def _to_json(cfg: Config) -> dict[str, Any]:
             **shared,
         }
     raise ValueError(
-        f"positions={cfg.positions!r}, norm={cfg.norm!r}, mlp={cfg.mlp!r}, bias={cfg.bias} are neither GPT-2 nor Llama, "
-        "so transformers has no model for these weights."
+        f"positions={cfg.positions!r}, norm={cfg.norm!r}, mlp={cfg.mlp!r}, bias={cfg.bias} are neither GPT-2 nor "
+        "Llama, so transformers has no model for these weights."
     )
