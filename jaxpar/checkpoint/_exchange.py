@@ -19,6 +19,7 @@ import numpy as np
 
 from .. import _processes
 from .._errors import CheckpointError, listed
+from .._hardware import Device
 from .._types import PyTree
 from . import _orbax, _safetensors, _sums
 from ._damage import share
@@ -217,7 +218,7 @@ def _read(target: Target, tensor: Tensor, there: Mapping[str, Stored]) -> Any:
     shape = tuple(asked.shape)
     if isinstance(asked, np.ndarray):
         return _piece(tensor, shape, tuple(slice(0, size) for size in shape), asked.dtype, there)
-    holders: dict[tuple[tuple[int, int], ...], list[jax.Device]] = {}
+    holders: dict[tuple[tuple[int, int], ...], list[Device]] = {}
     for device, index in asked.sharding.addressable_devices_indices_map(shape).items():
         spans = tuple(each.indices(size)[:2] for each, size in zip(index or (), shape, strict=True))
         holders.setdefault(spans, []).append(device)
@@ -270,7 +271,7 @@ def _check_writable(home: pathlib.Path, tensors: Mapping[str, Made], file_bytes:
     lines = [
         f"{name}: {' and '.join(tensor.kinds)}"
         for name, tensor in tensors.items()
-        if len(tensor.kinds) > 1 or tensor.kinds[0] not in _safetensors.CODES
+        if len(tensor.kinds) > 1 or not _safetensors.CODES.keys() & set(tensor.kinds)
     ]
     if lines:
         raise CheckpointError(f"{listed(lines)}\nsafetensors has no such dtype, or a tensor is of two. Give dtype=.")

@@ -230,7 +230,7 @@ def _runs(shape: tuple[int, ...], block: Slices, data: np.ndarray) -> Iterator[t
 
 
 def _write_all(descriptor: int, run: np.ndarray, offset: int) -> None:
-    left = memoryview(run.reshape(-1).view(np.uint8))
+    left = run.reshape(-1).view(np.uint8).data
     while left:
         done = os.pwrite(descriptor, left, offset)
         left, offset = left[done:], offset + done

@@ -131,10 +131,12 @@ class Watchdog:
     def _report(self, step: int, seconds: float) -> None:
         name = f"stacks/step_{step}/process_{self._process}.txt"
         path = self._events.directory / name
-        usual = f"none of the last {len(self._before)} took more than {max(self._before):.3g} s"
+        usual = "it is the first"
+        if self._before:
+            usual = f"none of the last {len(self._before)} took more than {max(self._before):.3g} s"
         text = (
-            f"Process {self._process} hangs in step {step}: {seconds:.0f} s, and "
-            f"{usual if self._before else 'it is the first'}. It stands at {_place(self._loop_thread)}"
+            f"Process {self._process} hangs in step {step}: {seconds:.0f} s, and {usual}. "
+            f"It stands at {_place(self._loop_thread)}"
         )
         try:
             path.parent.mkdir(parents=True, exist_ok=True)

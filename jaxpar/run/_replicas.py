@@ -18,6 +18,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 
 from .._errors import StepError
+from .._hardware import Device
 
 MOST_LEAVES = 3  # named in one line
 
@@ -51,7 +52,7 @@ class Odd:
     """
 
     path: str
-    devices: tuple[jax.Device, ...]
+    devices: tuple[Device, ...]
     num_copies: int
 
 
@@ -111,8 +112,8 @@ def _span(index: Any, shape: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
     return tuple(each.indices(size)[:2] for each, size in zip(index, shape, strict=True))
 
 
-def _compared(path: str, leaf: Any, sums: Mapping[jax.Device, Any]) -> list[Odd]:
-    pieces: dict[tuple[tuple[int, int], ...], list[jax.Device]] = collections.defaultdict(list)
+def _compared(path: str, leaf: Any, sums: Mapping[Device, Any]) -> list[Odd]:
+    pieces: dict[tuple[tuple[int, int], ...], list[Device]] = collections.defaultdict(list)
     for device, index in leaf.sharding.devices_indices_map(leaf.shape).items():
         pieces[_span(index, leaf.shape)].append(device)
     found = []
