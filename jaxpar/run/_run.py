@@ -4,8 +4,9 @@
     for step in run.steps(1000):                             # the rest of 1000 steps, counted from 1
         run.log(loss=train_step(model, opt, next(loader)))
 
-A directory is one run: `run.json` says which, `events.jsonl` has a line for each start, restore, save and stop,
-`metrics.jsonl` one for each step, and `checkpoints/100` is the state after 100 steps.
+A directory is one run: `run.json` says which, `events.jsonl` has a line for each event (see `_events`),
+`metrics.jsonl` one for each step, `checkpoints/100` is the state after 100 steps, `logs/process_3.log` what process 3
+logged, and `alive/process_3.json` says that it lives. `jaxpar status DIRECTORY` reads all of it.
 """
 
 import datetime as dt
@@ -15,15 +16,17 @@ import numbers
 import os
 import pathlib
 import signal
+import socket
 import time
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
 import numpy as np
 
 from .. import _processes, checkpoint
+from .._crash import on_crash
 from .._errors import CheckpointError, StepError, listed
 from .._types import PyTree
 from ..checkpoint import Keep
@@ -31,31 +34,33 @@ from ..checkpoint._about import versions
 from ..checkpoint._parts import plain_json, take_apart
 from ..checkpoint._restore import restore_valid
 from ..checkpoint._steps import newest, none_valid, root, set_aside, tidy
-from . import _signals
+from . import _exits, _launched, _signals
+from ._beat import Beat, pulses
 from ._events import Events
 from ._every import parse_every
+from ._logs import kept_log
 from ._writers import Console, JSONLines, Writer
 
 T = TypeVar("T")
-
-EXIT_CODES = {signal.Signals(number).name: 128 + number for number in _signals.SIGNALS}
 
 
 class Run:
     """Restore, count, log, save and stop, for any loop.
 
     The loop stays the user's. Saving goes on in the background; a step waits only while its state is copied to host
-    memory. The first Ctrl-C or SIGTERM lets the step finish, saves, and ends the loop; a second Ctrl-C leaves at once,
-    without saving. After SIGTERM the loop ends with `SystemExit(143)`; after Ctrl-C it just ends, so that a notebook
-    goes on: a script may end with `sys.exit(run.exit_code)`, which is 130 then. Outside of the main thread signals are
-    not caught, and that is logged.
+    memory. The first Ctrl-C or SIGTERM, and a notice of JAX's preemption service, lets the step finish, saves, and ends
+    the loop; a second Ctrl-C leaves at once, without saving. After SIGTERM or a notice the loop ends with
+    `SystemExit(75)`, by which schedulers know that it may be started again; after Ctrl-C it just ends, so that a
+    notebook goes on: a script may end with `sys.exit(run.exit_code)`, which is 130 then. Outside of the main thread
+    signals are not caught, and that is logged.
 
-    With several processes each makes the same calls; process 0 writes files and logs. Signals and times are then agreed
-    on at the end of each step, which waits for all processes.
+    With several processes (`jp.initialize()`) each makes the same calls; process 0 writes metrics and checkpoints'
+    descriptions. Signals and times are then agreed on at the end of each step, which waits for all processes.
 
     Args:
         directory: Where the run lives, on a file system that every process sees. Made when needed.
-        every: When to save besides the end: a number of steps (`100`, `"100steps"`) or a time (`"10min"`, `"2h"`).
+        every: When to save besides the end: a number of steps (`100`, `"100steps"`), a time (`"10min"`, `"2h"`), or
+            both, `(100, "10min")`: at each multiple of 100 steps, and 10 minutes after the last save.
         keep: How many of the last checkpoints are kept, or a `jp.checkpoint.Keep`: also one every so many steps, and
             the best by a metric that the saved step logged. `None` keeps all.
         writers: Where metrics go besides `metrics.jsonl`; a line on the terminal now and then if `None`.
@@ -66,7 +71,9 @@ class Run:
         directory: The absolute path.
         step: The step under way, or the last one done.
         metrics: The last value of each metric, as floats: one step late while the loop runs.
-        stopped_by: Why the loop ended early: `"SIGINT"`, `"SIGTERM"`, or what `stop` was given; else `None`.
+        stopped_by: Why the loop ended early: `"SIGINT"`, `"SIGTERM"`, `"preemption"`, or what `stop` was given; else
+            `None`.
+        events: Writes lines of `events.jsonl`.
 
     Raises:
         CheckpointError: `every` or `keep` cannot be understood.
@@ -87,7 +94,7 @@ class Run:
         self,
         directory: str | os.PathLike[str],
         *,
-        every: int | str | None = None,
+        every: int | str | Sequence[int | str] | None = None,
         keep: int | Keep | None = 3,
         writers: Sequence[Writer] | None = None,
         name: str | None = None,
@@ -117,6 +124,8 @@ class Run:
         self._saving: checkpoint.Saving | None = None
         self._saved_at = time.monotonic()
         self._stop_reason: str | None = None
+        self._beat: Beat | None = None
+        self._forget: Callable[[], None] = lambda: None
 
     @property
     def latest(self) -> int | None:
@@ -125,8 +134,8 @@ class Run:
 
     @property
     def exit_code(self) -> int:
-        """For `sys.exit`: 130 after Ctrl-C, 143 after SIGTERM (128 plus the signal, as shells have it), else 0."""
-        return EXIT_CODES.get(self.stopped_by or "", 0)
+        """For `sys.exit`: 130 after Ctrl-C, 75 after SIGTERM or a preemption notice (start it again), else 0."""
+        return _exits.OF_STOP.get(self.stopped_by or "", _exits.DONE)
 
     def restore(self, state: T, *, donate: bool = False) -> T:
         """Take charge of `state`, as the latest checkpoint has it if there is one, and as it is otherwise.
@@ -144,17 +153,21 @@ class Run:
                 something that cannot be saved.
         """
         self._claim()
+        _launched.tell_run(self.directory)
         self._loose = sorted(take_apart(state).loose)
+        before = pulses(self.directory).get(0)
         latest = self._newest()
-        text = f"Process {jax.process_index()} of {jax.process_count()} begins."
-        self.events.write("start", text, step=latest or 0, processes=jax.process_count(), versions=versions())
+        self._begin(latest or 0)
         if latest is not None:
             state = restore_valid(self._checkpoints / str(latest), state, donate=donate)
             self.step = latest
+            again = max(0, before.step - latest) if before else 0
             text = f"{self.directory}: going on after step {latest}."
             _processes.say(logging.INFO, "%s", text)
             if _processes.is_first():
-                self.events.write("restore", text, step=latest)
+                if again:
+                    text += f" Steps {latest + 1} to {latest + again} are done again."
+                self.events.write("restore", text, step=latest, again=again)
         self._state = state
         self._is_restored = True
         self._saved_at = time.monotonic()
@@ -169,7 +182,7 @@ class Run:
 
         Raises:
             CheckpointError: `restore` was not called, or a checkpoint could not be made.
-            SystemExit: 143, at the end, after SIGTERM.
+            SystemExit: 75, at the end, after SIGTERM or a preemption notice.
         """
         if not self._is_restored:
             raise CheckpointError(
@@ -236,21 +249,50 @@ class Run:
             self.events.write("set_aside", text, step=step, why=lines[0])
         return found.step
 
+    def _begin(self, step: int) -> None:
+        """Say that this process is here."""
+        process, count = jax.process_index(), jax.process_count()
+        self._beat = Beat(self.directory, process, attempt=_launched.attempt(), each_step=_launched.is_launched())
+        self._beat.once(step)
+        self.events.write(
+            "start",
+            f"Process {process} of {count} begins{f' after step {step}' if step else ''}.",
+            step=step,
+            processes=count,
+            attempt=_launched.attempt(),
+            versions=versions(),
+        )
+
+    def _on_crash(self, error: BaseException) -> None:
+        said = " ".join(str(error).split())
+        words = f"{type(error).__name__}: {said[:400]}"
+        text = f"Process {jax.process_index()} on {socket.gethostname()} ended in step {self.step}: {words}"
+        self.events.write("error", text, step=self.step, words=words)
+        if self._beat is not None:
+            self._beat.stop("error")
+
     def _steps(self, total: int) -> Iterator[int]:
-        with _signals.caught() as request:
+        with _signals.caught() as request, kept_log(self.directory, jax.process_index()):
             self._in_loop = True
+            if self._beat is not None:
+                self._beat.start(self.step, total)
+            listener = weakref.WeakMethod(self._on_crash)  # a state is not held for last words alone
+            self._forget()
+            self._forget = on_crash(lambda error: listen(error) if (listen := listener()) else None)
             reason = "left"
             try:
                 while self.step < total and self.stopped_by is None:
                     self.step += 1
                     self._is_current = not self._loose
+                    if self._beat is not None:
+                        self._beat.step(self.step)
                     yield self.step
                     self._end_step(total, request)
                 reason = self.stopped_by or "finished"
             finally:
                 self._in_loop = False
                 self._leave(reason, request)
-        if self.stopped_by == "SIGTERM":
+        if self.exit_code == _exits.AGAIN:
             raise SystemExit(self.exit_code)
 
     def _end_step(self, total: int, request: _signals.Request) -> None:
@@ -260,20 +302,26 @@ class Run:
                 "In each step, after the update: run.update(state)."
             )
         self._send_metrics()
-        number = _processes.greatest(request.number)
+        # One collective for all that the processes must agree on. The time is that of process 0.
+        number, is_due = _processes.agreed(request.number, int(_processes.is_first() and self._is_time()))
         self.stopped_by = signal.Signals(number).name if number else self._stop_reason
+        if self.stopped_by is None and _processes.preempted(self.step):
+            self.stopped_by = "preemption"
+        if (request.number and not request.is_told) or self.stopped_by == "preemption":
+            request.is_told = True
+            what = request.name if request.number else "A preemption notice"
+            text = f"{what} came to process {jax.process_index()} on {socket.gethostname()}: saving step {self.step}."
+            self.events.write("notice", text, step=self.step)
         if self.step >= total or self.stopped_by is not None:
             self._save()
             self._finish_saving(wait=True)
-        elif self._is_due():
+        elif is_due or (self._every.steps is not None and self.step % self._every.steps == 0):
             self._save()
         else:
             self._finish_saving(wait=False)
 
-    def _is_due(self) -> bool:
-        if self._every.seconds is not None:
-            return bool(_processes.of_first(int(time.monotonic() - self._saved_at >= self._every.seconds)))
-        return self._every.steps is not None and self.step % self._every.steps == 0
+    def _is_time(self) -> bool:
+        return self._every.seconds is not None and time.monotonic() - self._saved_at >= self._every.seconds
 
     def _save(self) -> None:
         self._finish_saving(wait=True)
@@ -296,7 +344,11 @@ class Run:
         if saving is None or not (wait or saving.done):
             return
         self._saving = None
-        saving.wait()
+        try:
+            saving.wait()
+        except CheckpointError as error:
+            self.events.write("save_failed", str(error), step=saving.step)
+            raise
         text = f"{self.directory}: step {saving.step} is saved."
         _processes.say(logging.INFO, "%s", text)
         if _processes.is_first():
@@ -306,12 +358,7 @@ class Run:
 
     def _leave(self, reason: str, request: _signals.Request) -> None:
         if request.hurried:
-            self.events.write(
-                "stop",
-                f"Left in step {self.step} by a second Ctrl-C, not saved.",
-                step=self.step,
-                reason="SIGINT twice",
-            )
+            self._tell_stop(f"Left in step {self.step} by a second Ctrl-C, not saved.", "SIGINT twice")
             return
         try:
             self._finish_saving(wait=True)
@@ -320,7 +367,20 @@ class Run:
             self._now.clear()
             for writer in self._writers if _processes.is_first() else ():
                 writer.close()
-            self.events.write("stop", f"Left the loop after step {self.step}: {reason}.", step=self.step, reason=reason)
+            if reason == "left":
+                text = f"Left the loop in step {self.step}, by break or an exception: that step is not saved."
+            elif reason == "finished":
+                text = f"Finished: step {self.step} is saved."
+            else:
+                text = f"Stopped by {reason} after step {self.step}, saved; exit code {self.exit_code}."
+            self._tell_stop(text, reason)
+
+    def _tell_stop(self, text: str, reason: str) -> None:
+        self.events.write("stop", text, step=self.step, reason=reason)
+        if self._beat is not None:
+            self._beat.stop(reason)
+        if reason != "left":  # an exception may be on its way
+            self._forget()
 
     def _send_metrics(self) -> None:
         """Write the metrics of the step before, whose values are there by now, and hold back those of this step."""
