@@ -106,7 +106,7 @@ class Member:
     def _take(self, line: str) -> None:
         _show(self.rank, line)
         self._lines.append(line)
-        if line.strip(" -"):
+        if line.strip(" -") and not line.startswith("[Gloo]"):  # which greets on every connection
             self._words = line.strip()[:300]
         self._keep()
 

@@ -241,7 +241,7 @@ class _Supervisor:
             "stuck": f"is stuck {where}: {failure.words}; killed.",
         }[failure.kind]
         said = f" Last words: {failure.words}." if failure.kind == "died" and failure.words else ""
-        others = f" The other {count - 1} waited for it and were killed." if count > 1 else ""
+        others = " The others, which wait for it, were killed." if count > 1 else ""
         text = f"Process {failure.rank} of {count} on {socket.gethostname()} (pid {failure.pid}) {how}{said}{others}"
         why = self._why_not()
         lost = self._leave_out(failure) if why is None else ""
@@ -253,7 +253,7 @@ class _Supervisor:
         if lost:
             self._say("lost", lost, slot=failure.slot, processes=len(self.slots))
         if why:
-            self._say("give_up", f"Gave up: {why}", step=failure.step, why=why)
+            self._write("give_up", f"The launcher gave up: {why}", step=failure.step, why=why)
             return _exits.GAVE_UP
         until = time.monotonic() + pause
         while time.monotonic() < until and not self.asked:
@@ -327,6 +327,9 @@ class _Supervisor:
     def _say(self, kind: str, text: str, *, step: int | None = None, **more: object) -> None:
         sys.stdout.write(f"jaxpar launch: {text}\n")
         sys.stdout.flush()
+        self._write(kind, text, step=step, **more)
+
+    def _write(self, kind: str, text: str, *, step: int | None = None, **more: object) -> None:
         if run := _launched.told_run(self.place):
             Events(run, LAUNCHER).write(kind, text, step=step, **more)
 

@@ -15,7 +15,6 @@ from ._progress import duration
 
 FAULTS = (
     "died", "frozen", "stuck", "error", "hang", "nan", "spike", "disagree", "save_failed", "set_aside", "lost",
-    "give_up",
 )  # fmt: skip
 SHOWN = 4  # faults that have a line each: the last ones
 SILENT = 30.0  # seconds without a beat after which a process counts as gone
@@ -138,13 +137,9 @@ def _state(ends: Sequence[Event], now: Sequence[Pulse], silence: float) -> str:
 
 
 def _faults(events: Sequence[Event]) -> list[Event]:
-    """What went wrong; last words that a launcher repeats are shown once."""
-    told = {(event.more.get("words"), event.kind) for event in events if event.kind == "died"}
-    return [
-        event
-        for event in events
-        if event.kind in FAULTS and not (event.kind == "error" and (event.more.get("words"), "died") in told)
-    ]
+    """What went wrong. A launcher names the process that was the cause; the others failed because they waited for it."""
+    is_launched = any(event.kind == "died" for event in events)
+    return [event for event in events if event.kind in FAULTS and not (event.kind == "error" and is_launched)]
 
 
 def _who(now: Sequence[Pulse]) -> str:
