@@ -36,11 +36,16 @@ def greatest(number: int) -> int:
 
 def agreed(*numbers: int) -> list[int]:
     """Of each of `numbers` the greatest of any process. One collective of all processes, and it waits for them."""
+    return [max(column) for column in zip(*gathered(*numbers), strict=True)]
+
+
+def gathered(*numbers: int) -> list[list[int]]:
+    """The `numbers` of each process, `[process][number]`. One collective of all processes, and it waits for them."""
     if jax.process_count() == 1:
-        return list(numbers)
+        return [list(numbers)]
     from jax.experimental import multihost_utils
 
-    return multihost_utils.process_allgather(np.array(numbers, np.int32)).max(axis=0).tolist()
+    return multihost_utils.process_allgather(np.array(numbers, np.int32)).tolist()
 
 
 def preempted(step: int) -> bool:

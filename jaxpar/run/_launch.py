@@ -240,7 +240,7 @@ class _Supervisor:
             "frozen": f"froze {where}: {failure.words}; killed.",
             "stuck": f"is stuck {where}: {failure.words}; killed.",
         }[failure.kind]
-        said = f" Last words: {failure.words}." if failure.kind == "died" and failure.words else ""
+        said = f" Last words: {failure.words[:120].rstrip('.')}." if failure.kind == "died" and failure.words else ""
         others = " The others, which wait for it, were killed." if count > 1 else ""
         text = f"Process {failure.rank} of {count} on {socket.gethostname()} (pid {failure.pid}) {how}{said}{others}"
         why = self._why_not()

@@ -137,7 +137,7 @@ def _state(ends: Sequence[Event], now: Sequence[Pulse], silence: float) -> str:
 
 
 def _faults(events: Sequence[Event]) -> list[Event]:
-    """What went wrong. A launcher names the process that was the cause; the others failed because they waited for it."""
+    """What went wrong. A launcher names the process that was the cause; others failed as they waited for it."""
     is_launched = any(event.kind == "died" for event in events)
     return [event for event in events if event.kind in FAULTS and not (event.kind == "error" and is_launched)]
 
