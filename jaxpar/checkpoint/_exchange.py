@@ -21,7 +21,8 @@ from .. import _processes
 from .._errors import CheckpointError, listed
 from .._hardware import Device
 from .._types import PyTree
-from . import _orbax, _safetensors, _sums
+from . import _safetensors, _sums
+from ._barrier import Barrier
 from ._damage import share
 from ._match import MOST_LINES
 from ._parts import Parts, is_key, take_apart
@@ -119,20 +120,26 @@ def save_safetensors(
         if not name.endswith(".json") or name in (_safetensors.INDEX,) or pathlib.PurePath(name).name != name:
             raise CheckpointError(f"beside: {name!r} is not a name for a JSON file of yours. Give 'config.json'.")
 
-    barrier = _orbax.barriers()
+    barrier = Barrier()
     place = home.with_name(f"{home.name}.saving")
     placed = _safetensors.lay_out(place, tensors, file_bytes)
-    if _processes.is_first():
-        shutil.rmtree(place, ignore_errors=True)  # what a killed process left
-        place.mkdir(parents=True)
-        _safetensors.create(place, tensors, placed)
-        for name, value in (beside or {}).items():
-            (place / name).write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    barrier("made")
-    for path, leaf in parts.arrays.items():
-        _write(leaf, layout[path], placed)
-    barrier("written")
-    seal(place, home, share(place), barrier)
+    try:
+        if _processes.is_first():
+            shutil.rmtree(place, ignore_errors=True)  # what a killed process left
+            place.mkdir(parents=True)
+            _safetensors.create(place, tensors, placed)
+            for name, value in (beside or {}).items():
+                (place / name).write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+        barrier("made")
+        for path, leaf in parts.arrays.items():
+            _write(leaf, layout[path], placed)
+        barrier("written")
+        seal(place, home, share(place), barrier)
+    except BaseException as error:
+        barrier.fail(error)
+        if _processes.is_first():
+            shutil.rmtree(place, ignore_errors=True)  # on a full disk its space is needed
+        raise
 
 
 def tensors(directory: str | os.PathLike[str]) -> dict[str, tuple[tuple[int, ...], str]]:

@@ -7,7 +7,6 @@ after a flipped bit. So what it is given here is always one flat dict, checked b
 directory that is not the checkpoint yet; what it wrote is hashed before it becomes one, and again before it is read.
 """
 
-import itertools
 import pathlib
 import re
 from collections.abc import Callable, Mapping
@@ -17,8 +16,6 @@ import jax
 import numpy as np
 
 FILE_BYTES = 1 << 26
-BARRIER_SECONDS = 1200  # as long as Orbax itself waits for a write; the slowest process may hash for a while
-_barriers = itertools.count()
 
 
 def write(path: pathlib.Path, arrays: Mapping[str, Any]) -> Callable[[], None]:
@@ -75,17 +72,6 @@ def _plain() -> Any:
     context.array.saving.use_compression = False
     context.array.saving.ocdbt_target_data_file_size = FILE_BYTES
     return context
-
-
-def barriers() -> Callable[[str], None]:
-    """A function that waits until every process has called it with the same words. Made once a save, by all of them.
-
-    It asks the coordination service, not the devices, so that a background thread may wait while a step runs.
-    """
-    from orbax.checkpoint import multihost
-
-    number, wait = next(_barriers), multihost.get_barrier_sync_fn()
-    return lambda words: wait(key=f"jaxpar.checkpoint.{number}.{words}", timeout_ms=BARRIER_SECONDS * 1000)
 
 
 def writer(name: str) -> int:

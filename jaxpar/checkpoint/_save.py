@@ -29,6 +29,7 @@ from .._errors import CheckpointError, listed
 from .._types import PyTree
 from . import _about, _orbax, _sums
 from ._about import About
+from ._barrier import Barrier
 from ._parts import Parts, is_key, plain_json, take_apart
 from ._steps import is_unfinished, root, saving
 
@@ -162,25 +163,30 @@ def save_async(
     )
     path, barrier = begin(home, step)
     arrays = {name: _stored(leaf) for name, leaf in parts.arrays.items() if leaf.size}
-    written = _orbax.write(path, arrays)
+    try:
+        written = _orbax.write(path, arrays)
+    except BaseException as error:
+        barrier.fail(error)
+        raise
 
     def finish() -> None:
         try:
-            written()
+            barrier.until(written)
             commit(home, step, about, barrier)
-        except BaseException:
+        except BaseException as error:
+            barrier.fail(error)
             _clear(home, step)  # on a full disk its space is needed
             raise
 
     return Saving(step, home / str(step), finish)
 
 
-def begin(home: pathlib.Path, step: int) -> tuple[pathlib.Path, Callable[[str], None]]:
-    """Where `step` is to be written until `commit`, clear of what a killed process left; and barriers for that.
+def begin(home: pathlib.Path, step: int) -> tuple[pathlib.Path, Barrier]:
+    """Where `step` is to be written until `commit`, clear of what a killed process left; and a barrier for that.
 
     The place must have been checked: `check_place`.
     """
-    barrier = _orbax.barriers()
+    barrier = Barrier()
     if _processes.is_first():
         home.mkdir(parents=True, exist_ok=True)
     _clear(home, step)
@@ -188,7 +194,7 @@ def begin(home: pathlib.Path, step: int) -> tuple[pathlib.Path, Callable[[str], 
     return saving(home, step), barrier
 
 
-def commit(home: pathlib.Path, step: int, about: About, barrier: Callable[[str], None]) -> None:
+def commit(home: pathlib.Path, step: int, about: About, barrier: Barrier) -> None:
     """Hash what every process has written where `begin` said, and make it step `step` of `home`."""
     path = saving(home, step)
     barrier("written")
@@ -200,7 +206,7 @@ def commit(home: pathlib.Path, step: int, about: About, barrier: Callable[[str],
     seal(path, home / str(step), own, barrier)
 
 
-def seal(path: pathlib.Path, target: pathlib.Path, own: Sequence[str], barrier: Callable[[str], None]) -> None:
+def seal(path: pathlib.Path, target: pathlib.Path, own: Sequence[str], barrier: Barrier) -> None:
     """Hash and flush what lies at `path`, and make it appear at `target`.
 
     Args:

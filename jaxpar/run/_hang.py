@@ -21,9 +21,10 @@ from types import FrameType
 
 from .._errors import StepError
 from ._events import Events
+from ._exits import HUNG
 from ._every import parse_every
 
-EXIT_CODE = 74
+
 STEPS_KNOWN = 200  # steps from which the deadline is learned
 GRACE_SECONDS = 15.0  # for the other processes to write their stacks; they learn their deadlines each by itself
 
@@ -146,7 +147,7 @@ class Watchdog:
                 faulthandler.dump_traceback(file, all_threads=True)
         except OSError as error:
             name = f"none, as they could not be written: {error}"
-        what = "Left alone, as a person is at it." if self._leave is _only_say else f"Left with code {EXIT_CODE}."
+        what = "Left alone, as a person is at it." if self._leave is _only_say else f"Left with code {HUNG}."
         text = f"{text}; stacks: {name}. {what}"
         _log.error("%s", text)
         self._events.write("hang", text, step=step, seconds=round(seconds, 1), stacks=name)
@@ -162,7 +163,7 @@ class Watchdog:
             self._events.write("hang", text, step=step, silent=silent)
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
-        self._leave(EXIT_CODE)
+        self._leave(HUNG)
 
     def _silent(self, directory: pathlib.Path) -> list[int]:
         """The processes that have not written their stacks when patience ends."""

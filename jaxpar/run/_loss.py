@@ -6,7 +6,9 @@ function of the logged values alone: every process, and a run that was resumed, 
 
 import collections
 import dataclasses
+import json
 import math
+import pathlib
 import statistics
 from collections.abc import Mapping
 
@@ -67,6 +69,21 @@ class Judge:
             return Fault(kind="spike", step=step, text=text, sound=step - 1, skip=(step,))
         self._before.append((step, value))
         return None
+
+    def remember(self, file: pathlib.Path, step: int) -> None:
+        """Take what is usual from the lines of a run that goes on after `step`, so that it judges as if never stopped."""
+        if self._loss.spike is None or not file.is_file():
+            return
+        values: dict[int, float] = {}
+        for line in file.read_text(errors="replace").splitlines():
+            try:
+                record = json.loads(line)
+            except ValueError:  # cut short by a full disk
+                continue
+            value = record.get(self._loss.metrics[0])
+            if value is not None and record["step"] <= step and math.isfinite(value):
+                values[record["step"]] = value  # of a step that was done again, the later line holds
+        self._before.extend(sorted(values.items()))
 
     def back_to(self, step: int) -> None:
         """Forget what was seen after `step`: those steps are done again."""

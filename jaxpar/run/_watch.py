@@ -4,6 +4,7 @@ Watchers are values: `Hang`, `Slow`, `Loss`, `Replicas`. What one finds is a lin
 has the run go back to a checkpoint. Every process must come to the same fault, so what they find apart is agreed on.
 """
 
+import pathlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -57,9 +58,16 @@ class Watch:
         """Own seconds of each process in the last step; empty before it, and if nothing compares them."""
         return self._comparison.times if self._comparison else ()
 
-    def start(self, step: int) -> None:
-        """The run is about to go on after `step`, from a checkpoint that is sound."""
+    def start(self, step: int, metrics: pathlib.Path) -> None:
+        """The run is about to go on after `step`, from a checkpoint that is sound.
+
+        Args:
+            step: Steps done.
+            metrics: What was logged up to there, a line a step.
+        """
         self._equal_at = step
+        if self._judge is not None and step:
+            self._judge.remember(metrics, step)
 
     def begin(self, step: int) -> None:
         """A step begins."""

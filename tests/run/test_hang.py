@@ -35,7 +35,7 @@ def test_a_hang_after_quick_steps(tmp_path, left):
     watchdog.begin(4)
     stand_still(left)
     assert left.is_set()
-    assert codes == [_hang.EXIT_CODE] == [74]
+    assert codes == [_hang.HUNG] == [74]
     (event,) = read(tmp_path)
     line = stand_still.__code__.co_firstlineno + 1
     assert re.fullmatch(

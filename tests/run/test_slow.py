@@ -28,7 +28,13 @@ def test_it_is_named_again_after_it_was_well():
 
 @pytest.mark.parametrize(
     "rows",
-    [[(1.0, 1.4)] * 9, [(0.001, 0.02)] * 9, [(1.0, 1.0), (1.0, 9.0), (1.0, 1.0), (1.0, 1.0)] * 4, [(5.0,)] * 9, [(1.0, 3.0)] * 3],
+    [
+        [(1.0, 1.4)] * 9,
+        [(0.001, 0.02)] * 9,
+        [(1.0, 1.0), (1.0, 9.0), (1.0, 1.0), (1.0, 1.0)] * 4,
+        [(5.0,)] * 9,
+        [(1.0, 3.0)] * 3,
+    ],
     ids=["a little", "milliseconds", "once in a while", "alone", "too early"],
 )
 def test_what_is_not_worth_a_line(rows):
