@@ -21,9 +21,8 @@ from types import FrameType
 
 from .._errors import StepError
 from ._events import Events
-from ._exits import HUNG
 from ._every import parse_every
-
+from ._exits import HUNG
 
 STEPS_KNOWN = 200  # steps from which the deadline is learned
 GRACE_SECONDS = 15.0  # for the other processes to write their stacks; they learn their deadlines each by itself

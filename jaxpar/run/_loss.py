@@ -71,7 +71,7 @@ class Judge:
         return None
 
     def remember(self, file: pathlib.Path, step: int) -> None:
-        """Take what is usual from the lines of a run that goes on after `step`, so that it judges as if never stopped."""
+        """Take what is usual from the lines of a run that goes on after `step`: it judges as if never stopped."""
         if self._loss.spike is None or not file.is_file():
             return
         values: dict[int, float] = {}

@@ -1,6 +1,6 @@
-"""Which batches a run leaves out, in `skipped.json`: written before the run goes back, so that a resumed run does alike.
+"""Which batches a run leaves out, in `skipped.json`: written before the run goes back, and read when it is resumed.
 
-A step that is listed draws its batch anew: the batch that it would have had is passed over, and all later steps have the
+A step that is listed draws its batch anew: the one that it would have had is passed over, and all later steps have the
 batch after their own. A step may be listed more than once.
 """
 

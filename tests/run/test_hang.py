@@ -39,8 +39,8 @@ def test_a_hang_after_quick_steps(tmp_path, left):
     (event,) = read(tmp_path)
     line = stand_still.__code__.co_firstlineno + 1
     assert re.fullmatch(
-        rf"Process 0 hangs in step 4: 1 s, and none of the last 2 took more than \S+ s\. It stands at test_hang\.py:{line} "
-        r"\(stand_still\); stacks: stacks/step_4/process_0\.txt\. Left with code 74\.",
+        r"Process 0 hangs in step 4: 1 s, and none of the last 2 took more than \S+ s\. It stands at "
+        rf"test_hang\.py:{line} \(stand_still\); stacks: stacks/step_4/process_0\.txt\. Left with code 74\.",
         event.text,
     )
     assert (event.kind, event.step) == ("hang", 4)
