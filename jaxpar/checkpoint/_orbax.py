@@ -15,6 +15,8 @@ from typing import Any
 import jax
 import numpy as np
 
+FILE_BYTES = 1 << 26
+
 
 def write(path: pathlib.Path, arrays: Mapping[str, Any]) -> Callable[[], None]:
     """Start to write `arrays` to `path`, which does not exist.
@@ -24,14 +26,16 @@ def write(path: pathlib.Path, arrays: Mapping[str, Any]) -> Callable[[], None]:
     """
     from orbax.checkpoint import v1 as ocp
 
-    return ocp.save_async(str(path), dict(arrays)).result
+    with _plain():
+        return ocp.save_async(str(path), dict(arrays)).result
 
 
 def append(path: pathlib.Path, arrays: Mapping[str, Any]) -> None:
     """Write some more arrays of what `finish` will make appear at `path`. By one process alone."""
     from orbax.checkpoint import v1 as ocp
 
-    ocp.partial.save(str(path), dict(arrays))
+    with _plain():
+        ocp.partial.save(str(path), dict(arrays))
 
 
 def finish(path: pathlib.Path) -> None:
@@ -54,6 +58,20 @@ def read(path: pathlib.Path, targets: Mapping[str, jax.ShapeDtypeStruct | np.nda
     context.pytree.loading.partial_load = True
     with context:
         return ocp.load(str(path), dict(targets))
+
+
+def _plain() -> Any:
+    """As Orbax is to write: without zstd, which its default has and which is what a save then waits for.
+
+    Of 256 MB of float32 it saved 8%, and took two thirds of the time, on the cores that training needs. Files of a
+    middling size are hashed by several threads, and the first while the last are still written.
+    """
+    from orbax.checkpoint import v1 as ocp
+
+    context = ocp.Context()
+    context.array.saving.use_compression = False
+    context.array.saving.ocdbt_target_data_file_size = FILE_BYTES
+    return context
 
 
 def writer(name: str) -> int:

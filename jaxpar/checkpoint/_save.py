@@ -18,7 +18,7 @@ import os
 import pathlib
 import shutil
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -151,7 +151,7 @@ def save_async(
     home = root(directory)
     check_place(home, step)
     parts = take_apart(tree)
-    _check_values(parts)
+    check_values(parts)
     about = About(
         leaves=_about.described(parts),
         values=parts.values,
@@ -203,6 +203,18 @@ def commit(home: pathlib.Path, step: int, about: About, barrier: Barrier) -> Non
     if _processes.is_first():
         dataclasses.replace(about, files=sizes).write(path)
         own.append(_about.NAME)
+    seal(path, home / str(step), own, barrier)
+
+
+def seal(path: pathlib.Path, target: pathlib.Path, own: Sequence[str], barrier: Barrier) -> None:
+    """Hash and flush what lies at `path`, and make it appear at `target`.
+
+    Args:
+        path: Complete, and not written any more.
+        target: Beside it, and not there.
+        own: The files that this process hashes.
+        barrier: As `begin` gives it.
+    """
     sums = _sums.of_files(path, own, flush=True)
     if not _processes.is_first():
         _sums.write(path, sums, part=jax.process_index())
@@ -211,10 +223,10 @@ def commit(home: pathlib.Path, step: int, about: About, barrier: Barrier) -> Non
         for index in range(1, jax.process_count()):
             sums |= _sums.take(path, part=index)
         _sums.write(path, sums)
-        for directory in {path, *((path / name).parent for name in sizes)}:
+        for directory in {path, *((path / name).parent for name in sums)}:
             _flush(directory)
-        path.rename(home / str(step))
-        _flush(home)
+        path.rename(target)
+        _flush(target.parent)
     barrier("committed")
 
 
@@ -256,7 +268,8 @@ def check_place(home: pathlib.Path, step: int) -> None:
         raise CheckpointError(f"{home}: {there} {why}. Give a directory that every process can write.")
 
 
-def _check_values(parts: Parts) -> None:
+def check_values(parts: Parts) -> None:
+    """Raise for leaves that hold no values, and for a tree without arrays."""
     lines = [
         f"{path}: a shape and dtype, without values"
         if isinstance(leaf, jax.ShapeDtypeStruct)

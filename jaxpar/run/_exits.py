@@ -4,6 +4,7 @@
 75    stopped by SIGTERM or a preemption notice, saved: start it again and it goes on (EX_TEMPFAIL of sysexits.h)
 130   stopped by Ctrl-C, saved
 74    a step hung, and the process ended itself (EX_IOERR)
+76    the run must go back to a checkpoint, and its loop cannot by itself: start it again
 70    the launcher gave up: starting again will not help (EX_SOFTWARE)
 else  it failed: 1 after an exception, 128 + n after signal n
 """
@@ -15,7 +16,7 @@ AGAIN = 75
 BACK = 76
 INTERRUPTED = 130
 
-OF_STOP = {"SIGINT": INTERRUPTED, "SIGTERM": AGAIN, "preemption": AGAIN}
+OF_STOP = {"SIGINT": INTERRUPTED, "SIGTERM": AGAIN, "preemption": AGAIN, "rollback": BACK}
 """By why a run stopped."""
 
 

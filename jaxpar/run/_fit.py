@@ -19,6 +19,7 @@ from . import _exits, _launched
 from ._every import parse_every
 from ._progress import Pace, progress
 from ._run import Run
+from ._watch import DEFAULT, Watcher
 from ._writers import Writer
 
 TOKENS = ("tokens", "input_ids", "inputs")  # fields of a batch that are counted as tokens, if they hold integers
@@ -85,6 +86,7 @@ def fit(
     resume: bool = False,
     writers: Sequence[Writer] = (),
     name: str | None = None,
+    watch: Sequence[Watcher] = DEFAULT,
 ) -> Fitted:
     """Train for `steps`, showing progress, saving and evaluating: the loop of `Run`, written out.
 
@@ -106,6 +108,7 @@ def fit(
             `jaxpar launch` or SLURM has started this script again: then it goes on.
         writers: Where metrics go besides `metrics.jsonl` and the terminal.
         name: What this run is; see `Run`.
+        watch: What is looked for, so that the run goes back, or ends to be started again; see `Run`.
     Returns:
         The state, the last metrics (`loss`, and `eval/loss`: the mean over all weights), and how it ended.
     Raises:
@@ -139,8 +142,9 @@ def fit(
         raise DataError(f"eval_every={eval_every!r} has no effect without eval_data. Give both, or neither.")
     pace = Pace(steps)
     run = Run(
-        directory, every=every, keep=keep, writers=(progress(pace), *writers), name=name, metadata=_described(program)
-    )
+        directory, every=every, keep=keep, writers=(progress(pace), *writers), name=name,
+        metadata=_described(program), watch=watch,
+    )  # fmt: skip
     if run.latest is not None and not (resume or _launched.is_restart()):
         raise CheckpointError(
             f"{run.directory} holds a run, saved up to step {run.latest}. Go on with it by resume=True (--resume on "
@@ -150,6 +154,7 @@ def fit(
     state, batches = run.restore((program.init(), batches), donate=True)
     try:
         for step in run.steps(steps):
+            state, batches = run.state  # after a fault the run has gone back
             batch = _next(batches, step, steps)
             pace.per_step, pace.unit = _count(batch)
             state, metrics = program.step(state, _placed(batch, program))

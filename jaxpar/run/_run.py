@@ -33,15 +33,20 @@ from ..checkpoint import Keep
 from ..checkpoint._about import versions
 from ..checkpoint._parts import plain_json, take_apart
 from ..checkpoint._restore import restore_valid
-from ..checkpoint._steps import newest, none_valid, root, set_aside, tidy
+from ..checkpoint._steps import drop_after, newest, none_valid, root, set_aside, tidy
 from . import _exits, _launched, _signals
 from ._beat import Beat, pulses
 from ._events import Events
 from ._every import parse_every
+from ._fault import Fault
 from ._logs import kept_log
+from ._skipped import Skipped
+from ._watch import DEFAULT, Watch, Watcher
 from ._writers import Console, JSONLines, Writer
 
 T = TypeVar("T")
+
+MOST_BACKS, WITHIN_STEPS = 3, 1000  # how often a run goes back: that often within so many steps is not for the data
 
 
 class Run:
@@ -66,13 +71,17 @@ class Run:
         writers: Where metrics go besides `metrics.jsonl`; a line on the terminal now and then if `None`.
         name: What this run is, kept in `run.json`. A directory of a run with another name is refused.
         metadata: A JSON object to keep with every checkpoint: settings, a plan.
+        watch: What is looked for, of `jaxpar.run`: `Hang()` ends a process whose step does not end, `Slow()` names a
+            process that holds up the others, `Loss()` goes back before a loss that is no number and leaves out its
+            batch (`Loss(spike=10)`: also before one that is far above the usual). These are there if nothing is given,
+            and cost nothing. `Replicas(every=100)` compares the copies of every array. `()` looks for nothing.
 
     Attributes:
         directory: The absolute path.
         step: The step under way, or the last one done.
         metrics: The last value of each metric, as floats: one step late while the loop runs.
         stopped_by: Why the loop ended early: `"SIGINT"`, `"SIGTERM"`, `"preemption"`, or what `stop` was given; else
-            `None`.
+            `None`; `"rollback"` if it must be started again to go back.
         events: Writes lines of `events.jsonl`.
 
     Raises:
@@ -99,6 +108,7 @@ class Run:
         writers: Sequence[Writer] | None = None,
         name: str | None = None,
         metadata: Mapping[str, Any] | None = None,
+        watch: Sequence[Watcher] = DEFAULT,
     ) -> None:
         if isinstance(keep, int) and keep < 1:
             raise CheckpointError(f"keep={keep} would delete every checkpoint. Keep 1 or more, or None for all.")
@@ -108,6 +118,10 @@ class Run:
         self.stopped_by: str | None = None
         self._every = parse_every(every)
         self.events = Events(self.directory)
+        self._watch = Watch(watch, self.events)
+        self._backs: list[int] = []  # steps from which the run went back
+        self._is_followed = False  # whether the loop takes its state from the run
+        self._tells_no_more = False
         self._keep = keep
         self._name = name
         self._metadata = {"run": name, **plain_json(dict(metadata or {}), "metadata")}
@@ -137,6 +151,17 @@ class Run:
         """For `sys.exit`: 130 after Ctrl-C, 75 after SIGTERM or a preemption notice (start it again), else 0."""
         return _exits.OF_STOP.get(self.stopped_by or "", _exits.DONE)
 
+    @property
+    def state(self) -> PyTree:
+        """The state that the run holds, after this step or as restored.
+
+        After a fault the run goes back to a checkpoint and does the steps from there again. Modules and optimisers go
+        back with it. A loop over plain arrays begins each step by `state, loader = run.state` to go back too; without
+        that it leaves with code 76, so that a launcher starts it again from the checkpoint.
+        """
+        self._is_followed = True
+        return self._state
+
     def restore(self, state: T, *, donate: bool = False) -> T:
         """Take charge of `state`, as the latest checkpoint has it if there is one, and as it is otherwise.
 
@@ -165,6 +190,8 @@ class Run:
             if _processes.is_first():
                 self.events.write("restore", text, step=latest)
         self._state = state
+        self._skipped = Skipped(self.directory)
+        self._watch.start(self.step, self.directory / "metrics.jsonl")
         self._is_restored = True
         self._saved_at = time.monotonic()
         self._seen = _weak(_arrays(state))
@@ -286,13 +313,15 @@ class Run:
                     self._is_current = not self._loose
                     if self._beat is not None:
                         self._beat.step(self.step)
+                    self._watch.begin(self.step)
+                    self._pass_over()
                     yield self.step
                     self._end_step(total, request)
                 reason = self.stopped_by or "finished"
             finally:
                 self._in_loop = False
                 self._leave(reason, request)
-        if self.exit_code == _exits.AGAIN:
+        if self.exit_code in (_exits.AGAIN, _exits.BACK):
             raise SystemExit(self.exit_code)
 
     def _end_step(self, total: int, request: _signals.Request) -> None:
@@ -301,9 +330,17 @@ class Run:
                 f"Step {self.step} returned new arrays ({', '.join(self._loose[:3])}, ...) and the run holds the old. "
                 "In each step, after the update: run.update(state)."
             )
+        own = self._watch.own_microseconds()
         self._send_metrics()
         # One collective for all that the processes must agree on. The time is that of process 0.
-        number, is_due = _processes.agreed(request.number, int(_processes.is_first() and self._is_time()))
+        is_time = int(_processes.is_first() and self._is_time())
+        rows = _processes.gathered(request.number, is_time, own, *self._watch.codes())
+        number, is_due, *_ = (max(column) for column in zip(*rows, strict=True))
+        self._watch.compared(self.step, [row[2] for row in rows])
+        fault = self._watch.fault(*max((row[3], row[4]) for row in rows))
+        fault = fault or self._watch.replicas(self.step, lambda: _arrays(self._state))
+        if fault is not None and self._go_back(fault):
+            return
         self.stopped_by = signal.Signals(number).name if number else self._stop_reason
         if self.stopped_by is None and _processes.preempted(self.step):
             self.stopped_by = "preemption"
@@ -312,18 +349,26 @@ class Run:
             what = request.name if request.number else "A preemption notice"
             text = f"{what} came to process {jax.process_index()} on {socket.gethostname()}: saving step {self.step}."
             self.events.write("notice", text, step=self.step)
-        if self.step >= total or self.stopped_by is not None:
-            self._save()
-            self._finish_saving(wait=True)
-        elif is_due or (self._every.steps is not None and self.step % self._every.steps == 0):
-            self._save()
+        is_last = self.step >= total or self.stopped_by is not None
+        if is_last or is_due or (self._every.steps is not None and self.step % self._every.steps == 0):
+            # Metrics of this step are fetched now: the copy of the state waits for the step anyway.
+            metrics = self._flush()
+            fault = self._watch.fault(*max(map(tuple, _processes.gathered(*self._watch.codes()))))
+            if fault is not None and self._go_back(fault):
+                self.stopped_by = self.stopped_by if self.stopped_by == "rollback" else None
+                return
+            self._watch.end()
+            self._save(metrics)
+            if is_last:
+                self._finish_saving(wait=True)
         else:
+            self._watch.end()
             self._finish_saving(wait=False)
 
     def _is_time(self) -> bool:
         return self._every.seconds is not None and time.monotonic() - self._saved_at >= self._every.seconds
 
-    def _save(self) -> None:
+    def _save(self, metrics: Mapping[str, float]) -> None:
         self._finish_saving(wait=True)
         arrays = _arrays(self._state)
         if arrays and all(self._seen.get(path, lambda: None)() is leaf for path, leaf in arrays.items()):
@@ -331,9 +376,8 @@ class Run:
                 f"No array of the state has changed up to step {self.step}: a checkpoint would hold an old state. "
                 "If the step makes new objects, hand them over: run.update(state)."
             )
-        # Metrics of this step are fetched now: the copy of the state waits for the step anyway.
         self._saving = checkpoint.save_async(
-            self._checkpoints, self.step, self._state, metrics=self._flush(), metadata=self._metadata
+            self._checkpoints, self.step, self._state, metrics=metrics, metadata=self._metadata
         )
         self._saved_at = time.monotonic()
         self._seen = _weak(arrays)
@@ -356,7 +400,68 @@ class Run:
         if self._keep is not None:
             checkpoint.prune(self._checkpoints, self._keep)
 
+    def _go_back(self, fault: Fault) -> bool:
+        """Go back to the last checkpoint before a fault; whether that was done."""
+        self._watch.end()
+        self._finish_saving(wait=True)
+        sound = [step for step in checkpoint.steps(self._checkpoints) if step <= fault.sound]
+        step = _processes.of_first(max(sound, default=-1))
+        if step < 0 and fault.kind != "disagree":
+            if not self._tells_no_more:
+                self._tell_fault(fault, "There is no checkpoint before it to go back to, so the run goes on.")
+            self._tells_no_more = True
+            return False
+        self._backs = [each for each in self._backs if each > fault.step - WITHIN_STEPS] + [fault.step]
+        if step < 0 or len(self._backs) > MOST_BACKS:
+            why = (
+                "there is no checkpoint before it to go back to"
+                if step < 0
+                else f"the run went back {MOST_BACKS} times within {WITHIN_STEPS} steps already"
+            )
+            self._tell_fault(fault, f"The run ends: {why}.")
+            raise StepError(f"{self.directory}: {fault.text}, and {why}. Mend what causes it, then go on with the run.")
+        in_place = not self._loose or self._is_followed
+        skipped = f"; the batch of step {' and '.join(map(str, fault.skip))} is left out" if fault.skip else ""
+        again = "" if in_place else ", when it is started again (code 76)"
+        self._tell_fault(fault, f"The run goes back to step {step}{skipped}{again}.")
+        self._skipped.add(fault.skip)
+        if _processes.is_first():
+            self.events.write(
+                "rollback", f"Back from step {self.step} to step {step}.", step=step, again=self.step - step
+            )
+            drop_after(self._checkpoints, step)
+        if not in_place:
+            self.stopped_by = "rollback"
+            return True
+        found = self._newest()
+        self._now.clear()
+        self._behind = None
+        if found is None or found > step:
+            raise none_valid(self._checkpoints, {})
+        self._state = restore_valid(self._checkpoints / str(found), self._state, donate=bool(self._loose))
+        self.step, self._saved_at, self._seen = found, time.monotonic(), _weak(_arrays(self._state))
+        self._watch.back_to(found)
+        return True
+
+    def _tell_fault(self, fault: Fault, done: str) -> None:
+        text = f"{fault.text}. {done}"
+        _processes.say(logging.ERROR, "%s: %s", self.directory, text)
+        if _processes.is_first():
+            self.events.write(fault.kind, text, step=fault.step)
+
+    def _pass_over(self) -> None:
+        """Leave out the batches that this step must not have: once for each time that it is listed."""
+        for _ in range(self._skipped.times(self.step)):
+            iterators = [each for each in take_apart(self._state).holders.values() if hasattr(each, "__next__")]
+            for each in iterators:
+                next(each, None)
+            if _processes.is_first():
+                text = f"A batch is left out before step {self.step}."
+                none = f"Step {self.step} cannot leave out its batch: the run holds no iterator of batches."
+                self.events.write("skip", text if iterators else none, step=self.step)
+
     def _leave(self, reason: str, request: _signals.Request) -> None:
+        self._watch.close()
         if request.hurried:
             self._tell_stop(f"Left in step {self.step} by a second Ctrl-C, not saved.", "SIGINT twice")
             return
@@ -369,6 +474,8 @@ class Run:
                 writer.close()
             if reason == "left":
                 text = f"Left the loop in step {self.step}, by break or an exception: that step is not saved."
+            elif reason == "rollback":
+                text = f"Left in step {self.step} to go back; exit code {self.exit_code}."
             elif reason == "finished":
                 text = f"Finished: step {self.step} is saved."
             else:
@@ -396,6 +503,7 @@ class Run:
         step, metrics = self._behind
         self._behind = None
         values = {name: float(np.asarray(value)) for name, value in metrics.items()}
+        self._watch.seen(step, values)
         self.metrics.update(values)
         for writer in self._writers if _processes.is_first() else ():
             writer.write(step, values)
