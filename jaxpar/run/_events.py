@@ -21,8 +21,8 @@ from typing import Any
 import jax
 
 KINDS = {
-    "start": "A process begins, at `step`: 0, or the one to be restored.",
-    "restore": "The state of `step` was read; `again` counts the steps that are done a second time.",
+    "start": "A process begins after `step`: 0, or the one to be restored; it does `again` steps once more.",
+    "restore": "The state of `step` was read.",
     "save": "The checkpoint of `step` is complete.",
     "save_failed": "The checkpoint of `step` could not be written.",
     "set_aside": "The checkpoint of `step` is incomplete or damaged, and no longer under its number.",
@@ -119,7 +119,7 @@ class Events:
             "pid": os.getpid(),
             "kind": kind,
             "step": step,
-            "text": text,
+            "text": " ".join(text.split()),
             **more,
         }
         path = self.directory / "events.jsonl"

@@ -95,8 +95,9 @@ class Member:
 
     def _read(self) -> None:
         assert self._process.stdout is not None
-        for line in self._process.stdout:
-            self._take(line.decode(errors="replace").rstrip("\n"))
+        with self._process.stdout as lines:
+            for line in lines:
+                self._take(line.decode(errors="replace").rstrip("\n"))
         code = self._process.wait()
         self._keep()
         self.ended = Ended(

@@ -180,19 +180,15 @@ class Run:
         self._claim()
         _launched.tell_run(self.directory)
         self._loose = sorted(take_apart(state).loose)
-        before = pulses(self.directory).get(0)
         latest = self._newest()
         self._begin(latest or 0)
         if latest is not None:
             state = restore_valid(self._checkpoints / str(latest), state, donate=donate)
             self.step = latest
-            again = max(0, before.step - latest) if before else 0
             text = f"{self.directory}: going on after step {latest}."
             _processes.say(logging.INFO, "%s", text)
             if _processes.is_first():
-                if again:
-                    text += f" Steps {latest + 1} to {latest + again} are done again."
-                self.events.write("restore", text, step=latest, again=again)
+                self.events.write("restore", text, step=latest)
         self._state = state
         self._skipped = Skipped(self.directory)
         self._watch.start(self.step, self.directory / "metrics.jsonl")
@@ -279,12 +275,16 @@ class Run:
     def _begin(self, step: int) -> None:
         """Say that this process is here."""
         process, count = jax.process_index(), jax.process_count()
+        before = pulses(self.directory).get(process)
+        again = max(0, before.step - step) if before else 0
         self._beat = Beat(self.directory, process, attempt=_launched.attempt(), each_step=_launched.is_launched())
         self._beat.once(step)
         self.events.write(
             "start",
-            f"Process {process} of {count} begins{f' after step {step}' if step else ''}.",
+            f"Process {process} of {count} begins after step {step}."
+            + (f" Steps {step + 1} to {step + again} are done again." if again else ""),
             step=step,
+            again=again,
             processes=count,
             attempt=_launched.attempt(),
             versions=versions(),

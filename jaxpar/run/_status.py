@@ -116,7 +116,7 @@ def status(directory: str | os.PathLike[str]) -> Status:
         total=max((pulse.total for pulse in now), default=0),
         saved=max(saved, default=None),
         starts=sum(event.process == 0 for event in starts),
-        again=sum(int(event.more.get("again", 0)) for event in events if event.kind == "restore"),
+        again=sum(int(event.more.get("again", 0)) for event in starts if event.process == 0),
         faults=_faults(events),
         now=now,
         silence=silence,
@@ -139,7 +139,8 @@ def _state(ends: Sequence[Event], now: Sequence[Pulse], silence: float) -> str:
 def _faults(events: Sequence[Event]) -> list[Event]:
     """What went wrong. A launcher names the process that was the cause; others failed as they waited for it."""
     is_launched = any(event.kind == "died" for event in events)
-    return [event for event in events if event.kind in FAULTS and not (event.kind == "error" and is_launched)]
+    doubled = ("error", "save_failed") if is_launched else ()
+    return [event for event in events if event.kind in FAULTS and event.kind not in doubled]
 
 
 def _who(now: Sequence[Pulse]) -> str:
