@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from . import checkpoint as checkpoint, data as data, testing as testing
     from ._bound import BoundPlan as BoundPlan, plan as plan
     from ._cache import compilation_cache as compilation_cache
+    from ._cluster import initialize as initialize
     from ._constrain import constrain as constrain
     from ._dropout import dropout as dropout
     from ._errors import (
@@ -33,13 +34,14 @@ if TYPE_CHECKING:
     from .explain import explain as explain
     from .parallel import DP as DP, FSDP as FSDP, PP as PP, TP as TP, ZeRO as ZeRO
     from .pipeline import Schedule as Schedule, schedule as schedule
-    from .run import Run as Run, fit as fit
+    from .run import Run as Run, fit as fit, status as status
 
 __version__ = "0.1.0"
 
 _HOME = {
     "_bound": ("BoundPlan", "plan"),
     "_cache": ("compilation_cache",),
+    "_cluster": ("initialize",),
     "_constrain": ("constrain",),
     "_dropout": ("dropout",),
     "_errors": ("CheckpointError", "DataError", "MeshError", "ShardingError", "StepError"),
@@ -55,7 +57,7 @@ _HOME = {
     "_vocab": ("cross_entropy", "embed"),
     "parallel": ("DP", "FSDP", "PP", "TP", "ZeRO"),
     "pipeline": ("Schedule", "schedule"),
-    "run": ("Run", "fit"),
+    "run": ("Run", "fit", "status"),
 }
 _MODULES = ("checkpoint", "compare", "data", "explain", "testing")  # `compare` and `explain` can be called
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
