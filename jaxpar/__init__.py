@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from . import checkpoint as checkpoint, data as data, testing as testing
+    from ._attention import attention as attention
     from ._bound import BoundPlan as BoundPlan, plan as plan
     from ._cache import compilation_cache as compilation_cache
     from ._cluster import initialize as initialize
@@ -32,13 +33,14 @@ if TYPE_CHECKING:
     from ._vocab import cross_entropy as cross_entropy, embed as embed
     from .compare import compare as compare
     from .explain import explain as explain
-    from .parallel import DP as DP, FSDP as FSDP, PP as PP, TP as TP, ZeRO as ZeRO
+    from .parallel import CP as CP, DP as DP, FSDP as FSDP, PP as PP, TP as TP, ZeRO as ZeRO
     from .pipeline import Schedule as Schedule, schedule as schedule
     from .run import Run as Run, fit as fit, status as status
 
 __version__ = "0.1.0"
 
 _HOME = {
+    "_attention": ("attention",),
     "_bound": ("BoundPlan", "plan"),
     "_cache": ("compilation_cache",),
     "_cluster": ("initialize",),
@@ -55,7 +57,7 @@ _HOME = {
     "_stack": ("Stack", "remat"),
     "_verify": ("verify",),
     "_vocab": ("cross_entropy", "embed"),
-    "parallel": ("DP", "FSDP", "PP", "TP", "ZeRO"),
+    "parallel": ("CP", "DP", "FSDP", "PP", "TP", "ZeRO"),
     "pipeline": ("Schedule", "schedule"),
     "run": ("Run", "fit", "status"),
 }
