@@ -1,6 +1,7 @@
 """The strategies: one a file, none imports another."""
 
 from .data import DP as DP
+from .expert import EP as EP
 from .fsdp import FSDP as FSDP
 from .tensor import TP as TP
 from .zero import ZeRO as ZeRO
