@@ -109,6 +109,8 @@ class _Pool:
         if (each.kind, each.axes) != (want.move.kind, want.move.axes):
             return False
         tokens, rest = divmod(math.prod(each.shape), want.elements)
+        if each.kind == "all-to-all":  # how many choices a token has, and how much room there is, is not in the plan
+            return not rest and tokens > 0
         if rest or not tokens or not self.tokens:
             return not rest and tokens > 0
         is_microbatch = each.depth > want.record.layers  # in a loop over microbatches, of an unknown number
