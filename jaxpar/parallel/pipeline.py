@@ -117,14 +117,13 @@ class PP(Strategy):
         if len(stacks) != 1 or not all(".each." in f".{leaf.path}" for leaf in next(iter(stacks.values()))):
             draft.problems.append(self._what_is_needed(stacks))
             return
-        beside = [axis for dim in ("expert",) for axis in draft.dims.get(dim, ())]
+        beside = list(draft.dims.get("expert", ()))
         if draft.context is not None:
             beside.append(draft.context.axis)
         if beside:
             draft.problems.append(
-                f"{self.label}: beside axis {beside[0]!r}, which splits a sequence or experts by kernels that are manual "
-                "over the whole mesh, and a stage is a manual region already. Leave one of the two out; FSDP and TP "
-                "stand beside PP."
+                f"{self.label} beside axis {beside[0]!r}, over which a sequence or experts are split by kernels that are "
+                "manual over the whole mesh: a stage is a manual region already. Leave one of the two out."
             )
         leaves = next(iter(stacks.values()))
         each = leaves[0].shape[leaves[0].layers - 1] // stages
