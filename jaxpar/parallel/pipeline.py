@@ -122,8 +122,8 @@ class PP(Strategy):
             beside.append(draft.context.axis)
         if beside:
             draft.problems.append(
-                f"{self.label} beside axis {beside[0]!r}, over which a sequence or experts are split by kernels that are "
-                "manual over the whole mesh: a stage is a manual region already. Leave one of the two out."
+                f"{self.label} beside axis {beside[0]!r}, over which a sequence or experts are split by kernels that "
+                "are manual over the whole mesh: a stage is a manual region already. Leave one of the two out."
             )
         leaves = next(iter(stacks.values()))
         each = leaves[0].shape[leaves[0].layers - 1] // stages
