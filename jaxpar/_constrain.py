@@ -16,7 +16,7 @@ from ._errors import ShardingError, nearest
 from ._planned import Traced
 from ._types import Axes
 
-DIMS = ("batch", "seq", "embed", "mlp", "heads", "kv", "vocab")
+DIMS = ("batch", "seq", "embed", "mlp", "heads", "kv", "vocab", "expert")
 """Logical dims of activations that every plan knows, whether it splits them or not."""
 
 
@@ -31,7 +31,7 @@ def constrain(x: jax.Array, *dims: str | None) -> jax.Array:
     Args:
         x: Global shape; inside `vmap` over replicas, the shape of one replica's part.
         dims: One for each dim of `x`: a logical dim (`"batch"`, `"seq"`, `"embed"`, `"mlp"`, `"heads"`, `"kv"`,
-            `"vocab"`, or one that the plan adds), or `None` to leave this dim to the compiler.
+            `"vocab"`, `"expert"`, or one that the plan adds), or `None` to leave this dim to the compiler.
 
     Returns:
         `x`, unchanged in value.

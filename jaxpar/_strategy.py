@@ -125,6 +125,8 @@ def _user_of(axis: str) -> str:
         "data": "DP()",
         "fsdp": "FSDP()",
         "tensor": "TP(column=[...], row=[...])",
+        "context": "CP()",
+        "expert": "EP()",
         "pipe": "PP(microbatches=...)",
     }.get(axis)
     return f"Add {usual} to the strategies" if usual else f"Name it in a strategy, as in FSDP(axis={axis!r})"
