@@ -50,10 +50,13 @@ def initialize() -> None:
     """
     if jax.distributed.is_initialized() or not (_devices.cluster() or "JOB_COMPLETION_INDEX" in os.environ):
         return
-    options = {**_found(os.environ), **_local_devices(os.environ)}
-    timeouts = {"heartbeat_timeout_seconds": HEARTBEAT_SECONDS, "shutdown_timeout_seconds": SHUTDOWN_SECONDS}
     try:
-        jax.distributed.initialize(**options, **timeouts)
+        jax.distributed.initialize(
+            **_found(os.environ),
+            **_local_devices(os.environ),
+            heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+            shutdown_timeout_seconds=SHUTDOWN_SECONDS,
+        )
     except RuntimeError as error:
         if "must be called before" not in str(error):
             raise
@@ -83,7 +86,7 @@ def _found(env: Mapping[str, str]) -> dict[str, Any]:
     return {}
 
 
-def _local_devices(env: Mapping[str, str]) -> dict[str, list[int]]:
+def _local_devices(env: Mapping[str, str]) -> dict[str, Any]:
     """This process's share of the GPUs that it sees, under SLURM and MPI.
 
     JAX gives each process there one GPU, by its place on the node: with one process on a node the others would idle.
