@@ -11,7 +11,7 @@ import numpy as np
 from jax.extend import core as jax_core
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from . import _calls, _context, _planned, _scopes, _traits
+from . import _calls, _context, _planned, _scopes, _traits, _waits
 from ._birth import no_eager_sharding
 from ._calls import Call, Place, Result
 from ._errors import ShardingError, StepError, listed
@@ -59,7 +59,8 @@ class _Compiled:
         """The changed arrays of nodes by their place, and the result, from placed arrays."""
         if len({id(arrays[index]) for index in self.donated}) < len(self.donated):
             arrays = _apart(arrays, self.donated)
-        values = self.function(*arrays)
+        with _waits.inside():
+            values = self.function(*arrays)
         num = len(self.changed)
         return dict(zip(self.changed, values[:num], strict=True)), self.result.assemble(values[num:], nodes)
 

@@ -1,8 +1,8 @@
 """A process that holds up the others, by its own time a step.
 
-Own time is from the start of a step until the process has nothing more to do but wait for the others: its input, its
-Python, what it waits for on its devices. A process that waits inside a collective looks as slow as the one it waits
-for, unless the loop leaves that wait to JAX (it does not fetch the loss; `Run` fetches it a step later).
+Own time is that of a step without what is spent inside steps of a plan: its input and its Python. A process that waits
+for another in its own code looks as slow as the one that it waits for: where it fetches the loss (`Run` fetches it a
+step later), or, on the CPU alone, calls a step that spans processes and is no plan's.
 """
 
 import collections

@@ -7,10 +7,11 @@ has the run go back to a checkpoint. Every process must come to the same fault, 
 import pathlib
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 
+from .. import _waits
 from .._errors import StepError
 from ._events import Events
 from ._fault import Fault
@@ -20,6 +21,7 @@ from ._replicas import Replicas, odd_ones, told
 from ._slow import Comparison, Slow
 
 Watcher = Hang | Slow | Loss | Replicas
+K = TypeVar("K")
 
 DEFAULT: tuple[Watcher, ...] = (Hang(), Slow(), Loss())
 
@@ -41,15 +43,14 @@ class Watch:
         twice = sorted({kind for kind in kinds if kinds.count(kind) > 1})
         if twice:
             raise StepError(f"watch: {', '.join(twice)} is there twice. Leave one.")
-        of = lambda kind: next((each for each in watchers if isinstance(each, kind)), None)
-        hang, slow, loss = of(Hang), of(Slow), of(Loss)
-        self._replicas: Replicas | None = of(Replicas)
+        slow, loss = _of(watchers, Slow), _of(watchers, Loss)
+        self._replicas = _of(watchers, Replicas)
         self._comparison = Comparison(slow) if slow else None
         self._judge = Judge(loss) if loss else None
-        self._hang: Hang | None = hang
+        self._hang = _of(watchers, Hang)
         self._watchdog: Watchdog | None = None
         self._events = events
-        self._began = time.monotonic()
+        self._began, self._waited = time.monotonic(), 0.0
         self._fault: Fault | None = None
         self._equal_at = 0  # the last step whose replicas were compared, and equal
 
@@ -77,11 +78,12 @@ class Watch:
             )
         if self._watchdog is not None:
             self._watchdog.begin(step)
-        self._began = time.monotonic()
+        self._began, self._waited = time.monotonic(), _waits.seconds()
 
     def own_microseconds(self) -> int:
         """What this process took so far in this step."""
-        return min(round(1e6 * (time.monotonic() - self._began)), 2**31 - 1)
+        own = time.monotonic() - self._began - (_waits.seconds() - self._waited)
+        return min(round(1e6 * own), 2**31 - 1)
 
     def seen(self, step: int, metrics: Mapping[str, float]) -> None:
         """The metrics of `step`, which may be the one before the last."""
@@ -140,3 +142,7 @@ class Watch:
         if self._watchdog is not None:
             self._watchdog.close()
             self._watchdog = None
+
+
+def _of(watchers: Sequence[Watcher], kind: type[K]) -> K | None:
+    return next((each for each in watchers if isinstance(each, kind)), None)
