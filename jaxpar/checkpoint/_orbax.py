@@ -9,7 +9,7 @@ directory that is not the checkpoint yet; what it wrote is hashed before it beco
 
 import pathlib
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -78,6 +78,18 @@ def writer(name: str) -> int:
     """The process that wrote the file called `name`, below the path of a checkpoint."""
     found = re.match(r"state/(?:ocdbt\.process_|array_metadatas/process_)(\d+)(?:/|$)", name)
     return int(found[1]) if found else 0
+
+
+def whole(path: pathlib.Path, process: int) -> Iterator[pathlib.Path]:
+    """The data files that `process` has written of what is to appear at `path`, each whole: it has its last name.
+
+    They are flushed to the disk, as TensorStore writes.
+    """
+    return (
+        file
+        for file in path.parent.glob(f"{path.name}*/**/ocdbt.process_{process}/d/*")
+        if re.fullmatch("[0-9a-f]+", file.name)
+    )
 
 
 def is_checkpoint(path: pathlib.Path) -> bool:

@@ -18,6 +18,7 @@ import os
 import pathlib
 import shutil
 import threading
+import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -171,8 +172,12 @@ def save_async(
 
     def finish() -> None:
         try:
-            barrier.until(written)
-            commit(home, step, about, barrier)
+            ahead = _sums.Ahead(lambda: _orbax.whole(path, jax.process_index()))
+            try:
+                barrier.until(written)
+            finally:
+                known = ahead.end()
+            commit(home, step, about, barrier, known)
         except BaseException as error:
             barrier.fail(error)
             _clear(home, step)  # on a full disk its space is needed
@@ -194,8 +199,17 @@ def begin(home: pathlib.Path, step: int) -> tuple[pathlib.Path, Barrier]:
     return saving(home, step), barrier
 
 
-def commit(home: pathlib.Path, step: int, about: About, barrier: Barrier) -> None:
-    """Hash what every process has written where `begin` said, and make it step `step` of `home`."""
+def commit(
+    home: pathlib.Path,
+    step: int,
+    about: About,
+    barrier: Barrier,
+    known: Mapping[tuple[int, ...], str] = types.MappingProxyType({}),
+) -> None:
+    """Hash what every process has written where `begin` said, and make it step `step` of `home`.
+
+    What is `known` was hashed and is flushed already.
+    """
     path = saving(home, step)
     barrier("written")
     sizes = {name: size for name, size in _sums.files(path)[0].items() if not name.startswith(_sums.NAME)}
@@ -203,10 +217,16 @@ def commit(home: pathlib.Path, step: int, about: About, barrier: Barrier) -> Non
     if _processes.is_first():
         dataclasses.replace(about, files=sizes).write(path)
         own.append(_about.NAME)
-    seal(path, home / str(step), own, barrier)
+    seal(path, home / str(step), own, barrier, known)
 
 
-def seal(path: pathlib.Path, target: pathlib.Path, own: Sequence[str], barrier: Barrier) -> None:
+def seal(
+    path: pathlib.Path,
+    target: pathlib.Path,
+    own: Sequence[str],
+    barrier: Barrier,
+    known: Mapping[tuple[int, ...], str] = types.MappingProxyType({}),
+) -> None:
     """Hash and flush what lies at `path`, and make it appear at `target`.
 
     Args:
@@ -214,8 +234,9 @@ def seal(path: pathlib.Path, target: pathlib.Path, own: Sequence[str], barrier: 
         target: Beside it, and not there.
         own: The files that this process hashes.
         barrier: As `begin` gives it.
+        known: Sums of files that are flushed, by `_sums.Ahead`.
     """
-    sums = _sums.of_files(path, own, flush=True)
+    sums = _sums.of_files(path, own, flush=True, known=known)
     if not _processes.is_first():
         _sums.write(path, sums, part=jax.process_index())
     barrier("hashed")

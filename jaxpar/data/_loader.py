@@ -53,7 +53,7 @@ class Loader:
     sample in a batch: dropout keys fold it in. A `TokenFile` gives `tokens`, `labels`, `positions`, `segments` (int32)
     and `weights` (float32), each `[batch, seq_len]`; see `Packed`.
 
-    Where the processes, or the batch axes of a plan, do not divide `batch_size`, rows of weight 0 fill it up, if samples
+    Where processes, or the axes of a plan, do not divide `batch_size`, rows of weight 0 fill it up, if samples
     have a field `weights` or there are `epochs`. So a run that began over four processes goes on over three, with the
     same samples in each step.
 
