@@ -211,7 +211,7 @@ def check_losses(directory, reference):
 @pytest.mark.parametrize("loop", ["run", "fit"])
 def test_random_kills(loop, child_env, tmp_path):
     """`make chaos`: kill -9 of a random process, at random instants, every third inside a save."""
-    kills, steps = int(os.environ.get("JAXPAR_KILLS", "50")), 600
+    kills, steps = int(os.environ.get("JAXPAR_KILLS", "50")), 400
     seed = int(os.environ.get("JAXPAR_SEED", str(random.randrange(10**6))))
     chance = random.Random(seed)
     began = time.monotonic()

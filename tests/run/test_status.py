@@ -32,7 +32,7 @@ def test_a_night(tmp_path):
     lines = str(found).splitlines()
     assert len(lines) == 8
     assert lines[0] == f"{tmp_path} (night): finished, step 8 of 8, step 8 is saved"
-    assert lines[1] == "started twice, 6 faults, 1 steps done again"
+    assert lines[1] == "started twice, 6 faults, 1 step done again"
     assert lines[2] == "  ... 2 earlier faults: see events.jsonl"
     assert [line[18:] for line in lines[3:7]] == [
         f"Process 1 of 2 on node7 (pid 8) died in step {step}: SIGKILL. Starting 2 again." for step in (2, 3, 4, 5)
