@@ -79,7 +79,8 @@ def _found(env: Mapping[str, str]) -> dict[str, Any]:
     ranks = {"JAX_NUM_PROCESSES": "JAX_PROCESS_ID", **RANKS}
     for size, rank in ranks.items():
         if address and size in env and rank in env:
-            return {"coordinator_address": address, "num_processes": int(env[size]), "process_id": int(env[rank])}
+            given = {"coordinator_address": address, "num_processes": int(env[size]), "process_id": int(env[rank])}
+            return {**given, "cluster_detection_method": "deactivate"}  # what else is there must not have a say
     is_mpi = any(size in env for size in RANKS) and "OMPI_MCA_orte_hnp_uri" not in env
     if is_mpi and importlib.util.find_spec("mpi4py"):
         return {"cluster_detection_method": "mpi4py"}

@@ -47,8 +47,8 @@ def test_after_a_device_was_touched(monkeypatch):
     ids=["given", "open mpi", "mpich", "slurm: JAX finds out"],
 )
 def test_what_jax_is_told(env, found):
-    names = ("coordinator_address", "num_processes", "process_id")
-    assert _found(env) == ({} if found is None else dict(zip(names, found, strict=True)))
+    names = ("coordinator_address", "num_processes", "process_id", "cluster_detection_method")
+    assert _found(env) == ({} if found is None else dict(zip(names, (*found, "deactivate"), strict=True)))
 
 
 @pytest.mark.parametrize(
