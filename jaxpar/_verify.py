@@ -482,7 +482,10 @@ def _smaller(program: Program, memory: int) -> str:
     rows = plan.num_batch_shards * recipe.accumulate
     batch = {"batch_size": rows} if rows < recipe.batch_size else {}
     is_graph = is_graph_plan(plan)
-    depth = max((record.shape[0] for record in plan.records.values() if record.layers and is_graph), default=0)
+    depth = max(
+        (math.prod(record.shape[: record.layers]) for record in plan.records.values() if record.layers and is_graph),
+        default=0,
+    )
     choices = [batch, *({"layers": layers, **batch} for layers in (2, 1) if layers < depth)]
     smallest = ""
     for choice in filter(None, choices):

@@ -159,7 +159,7 @@ class Loader:
         hold them; a row goes from host to each device that holds it.
 
         Args:
-            plan: What `jp.plan` returns; only its mesh and `batch_axes` are read.
+            plan: What `jp.plan` returns; only its mesh, `batch_axes` and `context` are read.
             depth: Batches that wait on the devices at most, beside the one in use.
 
         Raises:
@@ -187,11 +187,18 @@ class Loader:
                 f"of this process hold part {index} of {count}. Leave out both: `to` finds them."
             )
 
+        split = plan.context
+
+        def place(name: str, field: np.ndarray) -> jax.Array:
+            where = sharding
+            if split is not None and split.splits(name, field.shape):
+                where = NamedSharding(plan.mesh, PartitionSpec(axes or None, split.axis))
+            return jax.make_array_from_process_local_data(where, field, (size, *field.shape[1:]))
+
         def make(step: int) -> dict[str, jax.Array]:
-            return {
-                name: jax.make_array_from_process_local_data(sharding, field, (size, *field.shape[1:]))
-                for name, field in self._made(step, index, count, size).items()
-            }
+            made = self._made(step, index, count, size)
+            arranged = made if split is None else split.arrange(made)
+            return {name: place(name, field) for name, field in arranged.items()}
 
         return Prefetched(self, make, depth)
 
