@@ -102,6 +102,7 @@ def launch(what: Launch) -> int:
         >>> launch(Launch(command=(sys.executable, "-c", "print('hello')"), num_processes=2, devices_per_process=1))
         [...] hello
         [...] hello
+        jaxpar launch: All 2 processes ended well.
         0
     """
     place = pathlib.Path(tempfile.mkdtemp(prefix="jaxpar-launch-"))
