@@ -186,7 +186,7 @@ class _Supervisor:
                 return self._died(bad, watched)
             if (failure := self._silent(watched)) and not self.asked:
                 return failure
-            if not is_growing and not self.asked and time.monotonic() > self.grow_at and self._saves():
+            if not is_growing and not self.asked and time.monotonic() > self.grow_at and watched.is_in_loop():
                 is_growing = True
                 self._grow(group)
 
@@ -311,9 +311,6 @@ class _Supervisor:
         errors = [event for event in read(run) if event.kind == "error" and event.pid == ended.pid] if run else []
         return str(errors[-1].more.get("words", "")) if errors else ended.words
 
-    def _saves(self) -> bool:
-        return _launched.told_run(self.place) is not None
-
     def _saved(self) -> int | None:
         """The last checkpoint that a process says is complete."""
         run = _launched.told_run(self.place)
@@ -383,6 +380,11 @@ class _Watched:
             for rank, (_, at) in self._beats.items()
             if rank in living and self._pulses[rank].state == "runs" and self._pulses[rank].total
         ]
+
+    def is_in_loop(self) -> bool:
+        """Whether every process is in its loop, where it takes a signal as a request."""
+        looping = [pulse for pulse in self._pulses.values() if pulse.total and pulse.state == "runs"]
+        return len(looping) == len(self.group.members)
 
     def without_step(self) -> float:
         """Seconds since a process completed a step; 0 while none is in its loop."""

@@ -160,7 +160,7 @@ def flip_a_bit(step):
 @pytest.mark.timeout(600)
 def test_four_processes_become_three_and_four_again(child_env, tmp_path):
     """One is killed for good: the run goes on with three, whose devices do not divide the batch, and grows again."""
-    options = {"steps": 60, "every": 4, "dropout": False, "pause": 0.1}
+    options = {"steps": 60, "every": 4, "dropout": False, "pause": 0.1, "mesh": {"data": -1}}
     assert launched(tmp_path / "straight", child_env, num=1, **options | {"pause": 0.0})[0] == 0
     directory = tmp_path / "elastic"
     elastic = ["--elastic", "2:4", "--regrow", "4s"]
