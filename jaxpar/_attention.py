@@ -10,7 +10,7 @@ Shapes: B batch, T sequence, N query heads, K key and value heads, H features of
 
 import functools as ft
 import math
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -75,7 +75,7 @@ def attention(
         >>> bool(jnp.allclose(out[:, 0], q[:, 0, :1]))  # the first token sees itself alone
         True
     """
-    _check(q, k, v, positions, segments, window)
+    _check(q, k, v, positions, segments, window, kernel)
     region = _context.current()
     asked = _kernels.Asked(
         causal=causal,
@@ -207,6 +207,7 @@ def _check(
     positions: jax.Array | None,
     segments: jax.Array | None,
     window: int | None,
+    kernel: str | None,
 ) -> None:
     failures = []
     if q.ndim != 4 or k.ndim != 4 or k.shape != v.shape or (*q.shape[:2], q.shape[3]) != (*k.shape[:2], k.shape[3]):
@@ -219,6 +220,8 @@ def _check(
     for name, marks in (("positions", positions), ("segments", segments)):
         if marks is not None and marks.shape != q.shape[:2]:
             failures.append(f"{name} {marks.shape} for q {q.shape}: one for each token, {q.shape[:2]}")
+    if kernel is not None and kernel not in get_args(_kernels.Name):
+        failures.append(f"kernel is {kernel!r}: one of {', '.join(map(repr, get_args(_kernels.Name)))}, or left out")
     if window is not None and window < 1:
         failures.append(f"window is {window}: at least 1, its own position")
     if failures:

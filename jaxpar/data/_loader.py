@@ -170,7 +170,7 @@ class Loader:
                 f"batch_size={self.batch_size}: mesh axes {', '.join(axes)} split it in {parts}, which do not divide "
                 f"it. Use {_multiples(self.batch_size, parts)}."
             )
-        sharding = NamedSharding(plan.mesh, PartitionSpec(axes or None))
+        sharding = NamedSharding(plan.mesh, PartitionSpec(axes) if axes else PartitionSpec())
         held = sharding.addressable_devices_indices_map((self.batch_size,)).values()
         rows = [index[0].indices(self.batch_size)[:2] for index in held if index is not None]
         index, count = _part_of(rows, self.batch_size)
