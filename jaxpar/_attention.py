@@ -23,7 +23,7 @@ from ._constrain import constrain, layout
 from ._errors import ShardingError
 from ._planned import Traced
 from ._ring import across, grouped
-from ._sequence import ContextSplit
+from ._sequence import SCOPE, ContextSplit
 from ._types import Axes
 
 _Q, _KV = ("batch", "seq", "heads", None), ("batch", "seq", "kv", None)
@@ -148,7 +148,7 @@ def _on_many(
         heads=heads if shared != heads else (),
         group=q.shape[2] // k.shape[2],
     )
-    return jax.shard_map(
+    kernel = jax.shard_map(
         body,
         mesh=region.mesh,
         in_specs=(P(batch, seq, heads), P(batch, seq, shared), P(batch, seq, shared), specs),
@@ -156,7 +156,9 @@ def _on_many(
         # With the check, `vmap` over replicas fails where a loop or a branch mixes what has the replica dim and what
         # has not ("requires varying manual axes to match"; jax 0.10.2 and 0.12.0); and Pallas knows no such types.
         check_vma=False,
-    )(q, k, v, given)
+    )
+    with jax.named_scope(SCOPE):
+        return kernel(q, k, v, given)
 
 
 def _device(

@@ -17,6 +17,7 @@ import jaxpar as jp
 from jaxpar import _blockwise, _context, _ring
 from jaxpar._errors import ShardingError
 from jaxpar._sequence import ContextSplit, balance
+from jaxpar.explain._expected import expected as explained
 from jaxpar.testing import collectives, compare, pairwise
 from tests import _attention as written, _programs as programs
 
@@ -157,7 +158,10 @@ def test_what_moves(method, forward, both):
     for backward, expected in ((False, forward), (True, both)):
         plan, compiled = lowered(method, 48, backward=backward)
         found: dict[str, int] = {}
-        for each in collectives(compiled, mesh=plan.mesh):
+        traffic = collectives(compiled, mesh=plan.mesh)
+        for match in explained(traffic, plan, num_tokens=48).values():
+            assert match.words in (f"attention, {method}", "sum of the loss or of its weight")
+        for each in traffic:
             if math.prod(each.shape) >= HEADS:  # not the positions
                 assert each.axes == ("context",)
                 found[each.kind] = found.get(each.kind, 0) + each.count
