@@ -34,7 +34,8 @@ class Config:
         return 4 if self.bottleneck else 1
 
 
-# Deep Residual Learning (He et al., 2015, arXiv:1512.03385, table 1); strides lie in the 3 x 3 convolutions, as now usual.
+# Deep Residual Learning (He et al., 2015, arXiv:1512.03385, table 1); a block's stride lies in its 3 x 3 one, as
+# is usual now.
 RESNET18 = Config(depths=(2, 2, 2, 2), bottleneck=False)
 RESNET50 = Config(depths=(3, 4, 6, 3))
 RESNET101 = replace(RESNET50, depths=(3, 4, 23, 3))

@@ -10,6 +10,7 @@ Shapes: B batch, S rows and columns, C features.
 """
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 import jaxpar as jp
@@ -41,7 +42,8 @@ class ResNet(nnx.Module):
         """[B, classes] of [B, S, S, C]."""
         x = jax.nn.relu(self.first(jp.constrain(images, "batch", "seq", None, None)))
         if self.cfg.stem:
-            x = nnx.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
+            halved, edge = (1, 2, 2, 1), ((0, 0), (1, 1), (1, 1), (0, 0))
+            x = jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, (1, 3, 3, 1), halved, edge)
         for block in self.blocks:
             x = block(x)
         return self.head(x.mean((1, 2)))
