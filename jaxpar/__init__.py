@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from . import checkpoint as checkpoint, data as data, testing as testing
+    from ._attention import attention as attention
     from ._bound import BoundPlan as BoundPlan, plan as plan
     from ._cache import compilation_cache as compilation_cache
     from ._constrain import constrain as constrain
@@ -33,13 +34,14 @@ if TYPE_CHECKING:
     from ._vocab import cross_entropy as cross_entropy, embed as embed
     from .compare import compare as compare
     from .explain import explain as explain
-    from .parallel import DP as DP, EP as EP, FSDP as FSDP, TP as TP, ZeRO as ZeRO
+    from .parallel import CP as CP, DP as DP, EP as EP, FSDP as FSDP, TP as TP, ZeRO as ZeRO
     from .pipeline import Schedule as Schedule, schedule as schedule
     from .run import Run as Run, fit as fit
 
 __version__ = "0.1.0"
 
 _HOME = {
+    "_attention": ("attention",),
     "_bound": ("BoundPlan", "plan"),
     "_cache": ("compilation_cache",),
     "_constrain": ("constrain",),
@@ -57,7 +59,7 @@ _HOME = {
     "_stack": ("Stack", "remat"),
     "_verify": ("verify",),
     "_vocab": ("cross_entropy", "embed"),
-    "parallel": ("DP", "EP", "FSDP", "TP", "ZeRO"),
+    "parallel": ("CP", "DP", "EP", "FSDP", "TP", "ZeRO"),
     "pipeline": ("Schedule", "schedule"),
     "run": ("Run", "fit"),
 }

@@ -50,8 +50,8 @@ class Region:
 
     @property
     def crossed(self) -> Axes:
-        """The axes of more than one device that split the batch dim here: gradients are summed over them."""
-        return tuple(axis for axis in self.batch_axes if self.plan.axes[axis] > 1)
+        """The axes of more than one device that split tokens here: gradients are summed over them."""
+        return tuple(axis for axis in self.plan.token_axes if axis not in self.replicas)
 
     def axes_of(self, dim: str) -> Axes:
         """The axes that split the logical dim `dim` of an activation here; `()` if none does."""

@@ -580,9 +580,8 @@ def _contiguous(batch: PyTree, accumulate: int, region: Region | None) -> PyTree
         split = leaf.reshape(accumulate, leaf.shape[0] // accumulate, *leaf.shape[1:])
         if region is None or split.shape[1] % region.plan.num_batch_shards:
             return split
-        return jax.lax.with_sharding_constraint(
-            split, region.plan.sharding(PartitionSpec(None, region.batch_axes or None))
-        )
+        spec = PartitionSpec(None, region.batch_axes or None, *_tokens_free(region.plan, leaf))
+        return jax.lax.with_sharding_constraint(split, jax.sharding.NamedSharding(region.plan.mesh, spec))
 
     return jax.tree.map(one, batch)
 
@@ -624,9 +623,17 @@ def _interleaved(batch: PyTree, job: _Job, replicas: Axes, region: Region) -> Py
         split = split.reshape(*lead, rows // job.accumulate // count, *leaf.shape[1:])
         entries = [(), tuple(axes[index] for index in outer)] if replicas else [()]
         spec = as_spec([*entries, tuple(axes[index] for index in inner)])
-        return jax.lax.with_sharding_constraint(split, plan.sharding(spec))
+        if plan.context is not None and leaf.ndim > 1:
+            padded = [*spec, *[None] * (split.ndim - leaf.ndim + 1 - len(spec))]
+            spec = PartitionSpec(*padded, *_tokens_free(plan, leaf))
+        return jax.lax.with_sharding_constraint(split, jax.sharding.NamedSharding(plan.mesh, spec))
 
     return jax.tree.map(one, batch)
+
+
+def _tokens_free(plan: Any, leaf: jax.Array) -> list[Any]:
+    """The second dim of a field of a batch is left as it is where a plan splits sequences, else whole."""
+    return [PartitionSpec.UNCONSTRAINED] if plan.context is not None and leaf.ndim > 1 else []
 
 
 def _pick(batches: PyTree, index: Any) -> PyTree:

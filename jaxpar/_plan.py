@@ -18,6 +18,7 @@ from jax.sharding import PartitionSpec
 from . import _plan_text
 from ._context import as_spec, axes_at, drop_axes
 from ._errors import ShardingError, nearest
+from ._sequence import ContextSplit
 from ._types import AnyMesh, Axes
 
 FORMAT = 1
@@ -142,6 +143,7 @@ class Plan:
         dims: The mesh axes of each logical dim of activations.
         replicas: Axes over which gradients are summed once a step.
         shards: Axes over which gradients are reduce-scattered, once a microbatch.
+        context: How sequences are split over devices, if they are.
         strategies: What was asked for, as text.
         inactive: Strategies with nothing to do on this mesh, and why.
         notes: What a reader should know.
@@ -161,6 +163,7 @@ class Plan:
     dims: dict[str, Axes] = dataclasses.field(default_factory=dict)
     replicas: Axes = ()
     shards: Axes = ()
+    context: ContextSplit | None = None
     strategies: tuple[str, ...] = ()
     inactive: tuple[tuple[str, str], ...] = ()
     notes: tuple[str, ...] = ()
@@ -175,6 +178,12 @@ class Plan:
     def batch_axes(self) -> Axes:
         """The axes that split the batch."""
         return self.dims.get("batch", ())
+
+    @property
+    def token_axes(self) -> Axes:
+        """The axes of more than one device that split tokens, by rows or within a sequence: gradients cross them."""
+        split = {*self.batch_axes, *([self.context.axis] if self.context else [])}
+        return tuple(axis for axis, size in self.axes.items() if axis in split and size > 1)
 
     @property
     def parameters(self) -> Iterator[Record]:
@@ -251,7 +260,7 @@ class Plan:
     def diff(self, other: "Plan") -> list[str]:
         """What `other` says otherwise, a line each; `[]` if nothing."""
         lines = []
-        for field in ("axes", "dims", "replicas", "shards", "strategies"):
+        for field in ("axes", "dims", "replicas", "shards", "context", "strategies"):
             mine, theirs = getattr(self, field), getattr(other, field)
             if mine != theirs:
                 lines.append(f"{field}: {mine} | {theirs}")
@@ -266,6 +275,8 @@ class Plan:
             value = getattr(self, field.name)
             if field.name in ("records", "optimizer_records"):
                 value = None if value is None else [_record_to_json(record) for record in value.values()]
+            elif field.name == "context":
+                value = value and dataclasses.asdict(value)
             fields[field.name] = value
         return json.dumps(fields, indent=1)
 
@@ -292,6 +303,9 @@ class Plan:
             fields["dims"] = {dim: tuple(axes) for dim, axes in fields["dims"].items()}
             for name in ("replicas", "shards", "strategies", "notes"):
                 fields[name] = tuple(fields[name])
+            if fields.get("context"):
+                context = fields["context"]
+                fields["context"] = ContextSplit(**{**context, "whole": tuple(context["whole"])})
             fields["inactive"] = tuple(tuple(pair) for pair in fields["inactive"])
             return Plan(**fields)
         except ShardingError:
@@ -356,7 +370,7 @@ def gradient_route(plan: Plan, record: Record, crossed: Axes, *, table: bool) ->
     Args:
         plan: The plan.
         record: The record of the parameter.
-        crossed: The axes of more than one device that split the batch where it is read.
+        crossed: The axes of more than one device that split tokens where it is read.
         table: Whether it is looked up by index.
     """
     crossed = tuple(axis for axis in crossed if axis not in _spec_axes(record.compute))
@@ -371,7 +385,7 @@ def gradient_route(plan: Plan, record: Record, crossed: Axes, *, table: bool) ->
 def _gradient_moves(plan: Plan, record: Record, times: int, where: str) -> Iterator[Move]:
     """How the gradient is summed over the batch axes: scattered over those that cut it, in pieces over others."""
     own = _spec_axes(record.compute)
-    crossed = tuple(axis for axis in plan.batch_axes if plan.axes[axis] > 1 and axis not in own)
+    crossed = tuple(axis for axis in plan.token_axes if axis not in own)
     first, last = gradient_route(plan, record, crossed, table=record.role == TABLE)
     early = set(crossed) & _spec_axes(first)
     late = set(crossed) - early

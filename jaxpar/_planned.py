@@ -40,6 +40,7 @@ class Traced(Region):
 
     Attributes:
         dims: Logical dims of activations that were named.
+        attends: What was said of each kind of call of `attention`.
         notes: What a reader of the step should know.
         warnings: What the log is to say, once: a step may be traced twice.
         values: What each parameter was read as, in each trace inside.
@@ -47,6 +48,7 @@ class Traced(Region):
     """
 
     dims: set[str] = dataclasses.field(default_factory=set)
+    attends: set[str] = dataclasses.field(default_factory=set)
     notes: list[str] = dataclasses.field(default_factory=list)
     warnings: list[str] = dataclasses.field(default_factory=list)
     values: dict[Any, Any] = dataclasses.field(default_factory=dict)

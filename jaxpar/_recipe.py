@@ -246,11 +246,16 @@ class Program:
         else:
             optimizer = jax.eval_shape(transform.init, plan.trained(model))
         whole = plan.sharding(jax.sharding.PartitionSpec())
-        batch = jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(
-                np.shape(leaf), leaf.dtype, sharding=plan.batch_sharding if np.ndim(leaf) else whole
-            ),
-            self.recipe.batch,
+        flat = _tree.flatten(self.recipe.batch)
+        batch = flat.build(
+            {
+                path: jax.ShapeDtypeStruct(
+                    np.shape(leaf),
+                    leaf.dtype,
+                    sharding=plan.batch_placement(path, np.shape(leaf)) if np.ndim(leaf) else whole,
+                )
+                for path, leaf in flat.leaves.items()
+            }
         )
         return model, optimizer, batch
 

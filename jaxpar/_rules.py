@@ -10,10 +10,13 @@ import fnmatch
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ._errors import ShardingError, listed, nearest
 from ._types import Axes
+
+if TYPE_CHECKING:
+    from ._sequence import ContextSplit
 
 
 def matches(pattern: str, path: str) -> bool:
@@ -130,6 +133,7 @@ class Draft:
         dims: Axes of each logical dim of activations: `{"batch": ("data", "fsdp"), "mlp": ("tensor",)}`.
         replicas: Axes over which parameters are replicated and the batch is split.
         shards: Axes over which parameters and the batch are both split.
+        context: How sequences are split, if they are.
         problems: What is wrong, each with its way out.
         inactive: Strategies that have nothing to do on this mesh, with the reason.
         notes: What a reader of the plan should know.
@@ -140,6 +144,7 @@ class Draft:
     dims: dict[str, Axes] = dataclasses.field(default_factory=dict)
     replicas: list[str] = dataclasses.field(default_factory=list)
     shards: list[str] = dataclasses.field(default_factory=list)
+    context: "ContextSplit | None" = None
     problems: list[str] = dataclasses.field(default_factory=list)
     inactive: list[tuple[str, str]] = dataclasses.field(default_factory=list)
     notes: list[str] = dataclasses.field(default_factory=list)

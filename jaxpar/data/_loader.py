@@ -151,7 +151,7 @@ class Loader:
         hold them; a row goes from host to each device that holds it.
 
         Args:
-            plan: What `jp.plan` returns; only its mesh and `batch_axes` are read.
+            plan: What `jp.plan` returns; only its mesh, `batch_axes` and `context` are read.
             depth: Batches that wait on the devices at most, beside the one in use.
 
         Raises:
@@ -170,7 +170,7 @@ class Loader:
                 f"batch_size={self.batch_size}: mesh axes {', '.join(axes)} split it in {parts}, which do not divide "
                 f"it. Use {_multiples(self.batch_size, parts)}."
             )
-        sharding = NamedSharding(plan.mesh, PartitionSpec(axes or None))
+        sharding = NamedSharding(plan.mesh, PartitionSpec(axes) if axes else PartitionSpec())
         held = sharding.addressable_devices_indices_map((self.batch_size,)).values()
         rows = [index[0].indices(self.batch_size)[:2] for index in held if index is not None]
         index, count = _part_of(rows, self.batch_size)
@@ -180,11 +180,18 @@ class Loader:
                 f"of this process hold part {index} of {count}. Leave out both: `to` finds them."
             )
 
+        split = plan.context
+
+        def place(name: str, field: np.ndarray) -> jax.Array:
+            where = sharding
+            if split is not None and split.splits(name, field.shape):
+                where = NamedSharding(plan.mesh, PartitionSpec(axes or None, split.axis))
+            return jax.make_array_from_process_local_data(where, field, (self.batch_size, *field.shape[1:]))
+
         def make(step: int) -> dict[str, jax.Array]:
-            return {
-                name: jax.make_array_from_process_local_data(sharding, field, (self.batch_size, *field.shape[1:]))
-                for name, field in self._made(step, index, count).items()
-            }
+            made = self._made(step, index, count)
+            arranged = made if split is None else split.arrange(made)
+            return {name: place(name, field) for name, field in arranged.items()}
 
         return Prefetched(self, make, depth)
 

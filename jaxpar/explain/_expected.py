@@ -83,7 +83,7 @@ class _Pool:
 
     def __init__(self, plan: Plan, num_tokens: int) -> None:
         self.plan = plan
-        self.tokens = num_tokens // math.prod(plan.axes[axis] for axis in plan.batch_axes)
+        self.tokens = num_tokens // math.prod(plan.axes[axis] for axis in plan.token_axes)
         self.wants = [want for record in plan.records.values() for want in _wants(plan, record)]
         self.by_kind: dict[tuple[str, Axes], list[_Want]] = collections.defaultdict(list)
         for want in self.wants:
@@ -163,7 +163,7 @@ class _Pool:
         return number == self.tokens or bool(each.depth and number and self.tokens % number == 0)
 
     def _sums(self, each: Collective) -> str:
-        batch = {axis for axis in self.plan.batch_axes if self.plan.axes[axis] > 1}
+        batch = set(self.plan.token_axes)
         cut = set().union(*(_axes(record) for record in self.plan.parameters))
         names = _names(each.op_name)
         said = []

@@ -1,5 +1,6 @@
 """The strategies: one a file, none imports another."""
 
+from .context import CP as CP
 from .data import DP as DP
 from .expert import EP as EP
 from .fsdp import FSDP as FSDP
