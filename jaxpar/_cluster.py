@@ -50,10 +50,13 @@ def initialize() -> None:
     """
     if jax.distributed.is_initialized() or not (_devices.cluster() or "JOB_COMPLETION_INDEX" in os.environ):
         return
-    options = {**_found(os.environ), **_local_devices(os.environ)}
-    timeouts = {"heartbeat_timeout_seconds": HEARTBEAT_SECONDS, "shutdown_timeout_seconds": SHUTDOWN_SECONDS}
     try:
-        jax.distributed.initialize(**options, **timeouts)
+        jax.distributed.initialize(
+            **_found(os.environ),
+            **_local_devices(os.environ),
+            heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+            shutdown_timeout_seconds=SHUTDOWN_SECONDS,
+        )
     except RuntimeError as error:
         if "must be called before" not in str(error):
             raise
@@ -76,14 +79,15 @@ def _found(env: Mapping[str, str]) -> dict[str, Any]:
     ranks = {"JAX_NUM_PROCESSES": "JAX_PROCESS_ID", **RANKS}
     for size, rank in ranks.items():
         if address and size in env and rank in env:
-            return {"coordinator_address": address, "num_processes": int(env[size]), "process_id": int(env[rank])}
+            given = {"coordinator_address": address, "num_processes": int(env[size]), "process_id": int(env[rank])}
+            return {**given, "cluster_detection_method": "deactivate"}  # what else is there must not have a say
     is_mpi = any(size in env for size in RANKS) and "OMPI_MCA_orte_hnp_uri" not in env
     if is_mpi and importlib.util.find_spec("mpi4py"):
         return {"cluster_detection_method": "mpi4py"}
     return {}
 
 
-def _local_devices(env: Mapping[str, str]) -> dict[str, list[int]]:
+def _local_devices(env: Mapping[str, str]) -> dict[str, Any]:
     """This process's share of the GPUs that it sees, under SLURM and MPI.
 
     JAX gives each process there one GPU, by its place on the node: with one process on a node the others would idle.

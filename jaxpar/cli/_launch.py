@@ -115,7 +115,7 @@ def _range(elastic: str | None) -> tuple[int | None, int | None]:
 
 
 def _seconds(name: str, text: str) -> float:
-    every = parse_every(text)
+    every = parse_every(int(text) if text.isdigit() else text)
     if every.seconds is None or every.steps is not None:
         raise MeshError(f"--{name} {text}: a time, such as 90s or 10min.")
     return every.seconds

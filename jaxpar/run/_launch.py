@@ -34,6 +34,7 @@ from ._events import LAUNCHER, Events, read
 from ._group import Ended, Group
 
 POLL = 0.1
+SETTLE = 0.2  # in which the ends of others are seen, so that the cause is named rather than the first that was noticed
 OUT_AFTER = 2  # failures of one place before its first step, one after another
 MOST_BACKOFF = 60.0
 
@@ -102,6 +103,7 @@ def launch(what: Launch) -> int:
         >>> launch(Launch(command=(sys.executable, "-c", "print('hello')"), num_processes=2, devices_per_process=1))
         [...] hello
         [...] hello
+        jaxpar launch: All 2 processes ended well.
         0
     """
     place = pathlib.Path(tempfile.mkdtemp(prefix="jaxpar-launch-"))
@@ -182,15 +184,17 @@ class _Supervisor:
                 )
                 return self._stopped(ended)
             if bad and not self.asked:
-                return self._died(bad, watched)
+                return self._died(watched)
             if (failure := self._silent(watched)) and not self.asked:
                 return failure
-            if not is_growing and not self.asked and time.monotonic() > self.grow_at and self._saves():
+            if not is_growing and not self.asked and time.monotonic() > self.grow_at and watched.is_in_loop():
                 is_growing = True
                 self._grow(group)
 
-    def _died(self, bad: list[Ended], watched: "_Watched") -> _Failure:
+    def _died(self, watched: "_Watched") -> _Failure:
         watched.look(self._pulses())
+        time.sleep(SETTLE)
+        bad = [end for end in watched.group.ended() if end.code not in (_exits.DONE, _exits.AGAIN)]
         # A process that was frozen makes the others end by JAX's heartbeat; it is the one to name.
         for member, seconds in watched.silent():
             if seconds > _cluster.HEARTBEAT_SECONDS / 2:
@@ -310,9 +314,6 @@ class _Supervisor:
         errors = [event for event in read(run) if event.kind == "error" and event.pid == ended.pid] if run else []
         return str(errors[-1].more.get("words", "")) if errors else ended.words
 
-    def _saves(self) -> bool:
-        return _launched.told_run(self.place) is not None
-
     def _saved(self) -> int | None:
         """The last checkpoint that a process says is complete."""
         run = _launched.told_run(self.place)
@@ -371,7 +372,7 @@ class _Watched:
                 self.has_stepped = self.has_stepped or pulse.total > 0
                 self._stepped_at = now
             self._furthest[rank] = pulse.step
-        self._pulses = found
+        self._pulses |= found  # one that is being written just now was read before
 
     def silent(self) -> list[tuple[int, float]]:
         """Ranks of processes that live and are in their loop, with the seconds since they were heard of."""
@@ -382,6 +383,11 @@ class _Watched:
             for rank, (_, at) in self._beats.items()
             if rank in living and self._pulses[rank].state == "runs" and self._pulses[rank].total
         ]
+
+    def is_in_loop(self) -> bool:
+        """Whether every process is in its loop, where it takes a signal as a request."""
+        looping = [pulse for pulse in self._pulses.values() if pulse.total and pulse.state == "runs"]
+        return len(looping) == len(self.group.members)
 
     def without_step(self) -> float:
         """Seconds since a process completed a step; 0 while none is in its loop."""
@@ -394,7 +400,7 @@ class _Watched:
         return pulse.step if pulse and pulse.total else None
 
     def last(self) -> tuple[int, int, int, int | None]:
-        """Rank, place, pid and step of the process that is furthest behind."""
+        """Rank, place, pid and step of the process that is furthest behind, of those that are known."""
         rank = min(self._pulses, key=lambda rank: self._pulses[rank].step)
         member = self.group.members[rank]
         return rank, member.slot, member.pid, self.step_of(rank)

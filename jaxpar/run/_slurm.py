@@ -50,7 +50,7 @@ class Slurm:
 
         Example:
             >>> text = Slurm(command=("python", "train.py"), num_processes=16, nodes=2, gpus_per_node=8).script()
-            >>> [line for line in text.splitlines() if "signal" in line or "srun --" in line]
+            >>> [line for line in text.splitlines() if "B:USR1" in line or "srun --" in line]
             ['#SBATCH --signal=B:USR1@120', '    srun --kill-on-bad-exit=1 --label python train.py &']
         """
         asked = [

@@ -8,6 +8,7 @@ import time
 from collections.abc import Sequence
 
 from .._errors import CheckpointError
+from .._hardware import counted
 from ..checkpoint import steps as complete_steps
 from ._beat import Pulse, pulses
 from ._events import Event, read
@@ -61,8 +62,8 @@ class Status:
         name = f" ({self.name})" if self.name else ""
         saved = "nothing is saved" if self.saved is None else f"step {self.saved:,} is saved"
         lines = [f"{self.directory}{name}: {self.state}, step {self.step:,}{of}, {saved}"]
-        steps = f"{self.again:,} steps done again" if self.again else "no step done again"
-        lines.append(f"started {_times(self.starts)}, {len(self.faults)} faults, {steps}")
+        counts = f"{counted(len(self.faults), 'fault')}, {counted(self.again, 'step')} done again"
+        lines.append(f"started {_times(self.starts)}, {counts}")
         hidden = len(self.faults) - SHOWN
         if hidden > 0:
             lines.append(f"  ... {hidden} earlier faults: see events.jsonl")
@@ -91,7 +92,7 @@ def status(directory: str | os.PathLike[str]) -> Status:
         ...     model.bias[...] += 1.0
         >>> print(status(run.directory))
         /... (demo): finished, step 3 of 3, step 3 is saved
-        started once, 0 faults, no step done again
+        started once, 0 faults, 0 steps done again
         end: Finished: step 3 is saved.
     """
     home = pathlib.Path(directory).absolute()
