@@ -117,6 +117,14 @@ class PP(Strategy):
         if len(stacks) != 1 or not all(".each." in f".{leaf.path}" for leaf in next(iter(stacks.values()))):
             draft.problems.append(self._what_is_needed(stacks))
             return
+        beside = list(draft.dims.get("expert", ()))
+        if draft.context is not None:
+            beside.append(draft.context.axis)
+        if beside:
+            draft.problems.append(
+                f"{self.label} beside axis {beside[0]!r}, over which a sequence or experts are split by kernels that "
+                "are manual over the whole mesh: a stage is a manual region already. Leave one of the two out."
+            )
         leaves = next(iter(stacks.values()))
         each = leaves[0].shape[leaves[0].layers - 1] // stages
         of = f"each of {self.num_chunks} chunks" if self.num_chunks > 1 else "the layers"

@@ -31,9 +31,9 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from .._errors import ShardingError, StepError
-from .._types import Axes, PyTree
+from .._types import AnyMesh, Axes, PyTree
 from ._schedule import Schedule
-from ._tick import BY_STAGE, ticks_of
+from ._tick import BY_STAGE, WORK, ticks_of
 
 P = PartitionSpec
 
@@ -145,7 +145,7 @@ class Run:
 
     model: Model
     schedule: Schedule
-    mesh: Mesh
+    mesh: AnyMesh
     axis: str = "pipe"
     replicas: Axes = ()
     layer_dims: int = 1
@@ -365,9 +365,11 @@ class Run:
             def skip(x: Any, *_: Any) -> Any:
                 return self._vary(jax.tree.map(jnp.zeros_like, x))
 
-            y = lax.cond(row["forward"] >= 0, run, skip, x, given)
+            with jax.named_scope(WORK["forward"]):
+                y = lax.cond(row["forward"] >= 0, run, skip, x, given)
             is_last = lax.axis_index(self.axis) == p - 1
-            left = lax.cond(shared["leaves"] >= 0, lambda y: self._only(y, is_last), self._nothing, y)
+            with jax.named_scope(WORK["leaves"]):
+                left = lax.cond(shared["leaves"] >= 0, lambda y: self._only(y, is_last), self._nothing, y)
             lead = lambda tree: jax.tree.map(lambda leaf: leaf[None, None], tree)
             return inputs, lead(y), jax.tree.map(lambda leaf: leaf[None], left)
 
@@ -415,9 +417,11 @@ class Run:
             def skip(floats: Any, others: Any, gradient: Any, sums: PyTree, *_: Any) -> Any:  # noqa: ARG001
                 return self._vary(jax.tree.map(jnp.zeros_like, floats)), sums
 
-            dx, sums = lax.cond(row["backward"] >= 0, run, skip, floats, others, gradient, sums, given)
+            with jax.named_scope(WORK["backward"]):
+                dx, sums = lax.cond(row["backward"] >= 0, run, skip, floats, others, gradient, sums, given)
             is_first = lax.axis_index(self.axis) == 0
-            done = lax.cond(shared["done"] >= 0, lambda dx: self._only(dx, is_first), self._nothing, dx)
+            with jax.named_scope(WORK["done"]):
+                done = lax.cond(shared["done"] >= 0, lambda dx: self._only(dx, is_first), self._nothing, dx)
             came, returned = y, jax.tree.map(lambda leaf: leaf[None, None], dx)
             if ring:
                 came = jax.tree.map(lambda leaf: lax.ppermute(leaf, self.axis, ring), came)
@@ -445,12 +449,13 @@ class Run:
         def nothing(*_: Any) -> Any:
             return jax.tree.map(lambda x: jnp.zeros((self.count, *x.shape), x.dtype), form.both)
 
-        return lax.cond(
-            row["enters"] >= 0,
-            lambda entering: self._joined(embed(ends, entering), form),
-            nothing,
-            _of(micro, row["enters"]),
-        )
+        with jax.named_scope(WORK["enters"]):
+            return lax.cond(
+                row["enters"] >= 0,
+                lambda entering: self._joined(embed(ends, entering), form),
+                nothing,
+                _of(micro, row["enters"]),
+            )
 
     def _forward_tick(
         self, ends: PyTree, parts: PyTree, held: PyTree, fixed: PyTree, micro: PyTree, form: "_Form"
@@ -499,12 +504,13 @@ class Run:
                 found, more, leaving = score(ends, scored, self._split(left, form))
                 return self._joined(leaving, form), self._pin_ends(_added(ends_sum, more), form), _added(sums, found)
 
-            leaving, ends_sum, sums = lax.cond(
-                row["leaves"] >= 0,
-                leave,
-                lambda left, ends_sum, sums, scored: (jax.tree.map(jnp.zeros_like, left[0]), ends_sum, sums),
-                *(left, carry["ends"], carry["sums"], _of(split, row["leaves"])),
-            )
+            with jax.named_scope(WORK["leaves"]):
+                leaving, ends_sum, sums = lax.cond(
+                    row["leaves"] >= 0,
+                    leave,
+                    lambda left, ends_sum, sums, scored: (jax.tree.map(jnp.zeros_like, left[0]), ends_sum, sums),
+                    *(left, carry["ends"], carry["sums"], _of(split, row["leaves"])),
+                )
             came, returned, gradients, blocks, done = run_backward(
                 *(by_stage, shared, (parts, held), fixed, micro, y, carry["returned"], leaving, inputs),
                 *(carry["gradients"], carry["blocks"]),
@@ -514,12 +520,13 @@ class Run:
                 more = embed_back(ends, finished, self._split(done, form))
                 return self._pin_ends(_added(ends_sum, more), form)
 
-            ends_sum = lax.cond(
-                row["done"] >= 0,
-                finish,
-                lambda done, ends_sum, finished: ends_sum,
-                *(done, ends_sum, _of(split, row["done"])),
-            )
+            with jax.named_scope(WORK["done"]):
+                ends_sum = lax.cond(
+                    row["done"] >= 0,
+                    finish,
+                    lambda done, ends_sum, finished: ends_sum,
+                    *(done, ends_sum, _of(split, row["done"])),
+                )
             return {
                 "came": came, "returned": returned, "inputs": inputs, "gradients": gradients,
                 "blocks": self._pin_blocks(blocks), "ends": self._pin_ends(ends_sum, form), "sums": sums,
@@ -681,7 +688,7 @@ def _by_stage(row: Any) -> tuple[Any, Any]:
     return by_stage, {name: value for name, value in row.items() if name not in BY_STAGE}
 
 
-def _check(schedule: Schedule, mesh: Mesh, axis: str, replicas: Axes) -> None:
+def _check(schedule: Schedule, mesh: AnyMesh, axis: str, replicas: Axes) -> None:
     for name in (axis, *replicas):
         if name not in mesh.shape:
             raise ShardingError(

@@ -226,3 +226,34 @@ def test_watchers_are_one_of_a_kind(tmp_path):
     Run(tmp_path, watch=[Loss(), Slow(), Hang(), Replicas()])
     with pytest.raises(StepError, match="every is at least 1 step"):
         Replicas(every=0)
+
+
+class Sum:
+    """A program for `fit`: sums what it is given, over eight devices."""
+
+    plan = jp.plan(lambda: {"w": jnp.zeros((8, 8))}, jp.mesh(data=-1), [jp.DP()])
+
+    def init(self):
+        return self.plan.init()
+
+    def step(self, state, batch):
+        return {"w": state["w"] * 0.9 + batch["x"].sum()}, {"loss": batch["x"].mean(), "weight": 8.0}
+
+    def eval_step(self, state, batch):
+        raise NotImplementedError
+
+
+def test_fit_goes_back(tmp_path):
+    """With batches that are made ahead, on the devices."""
+    directory = tmp_path / "run"
+    loader = Loader(Rows(30), batch_size=8, seed=None)  # bad in step 4
+    fitted = jp.fit(Sum(), loader, steps=8, directory=directory, every=1)
+    weights = np.float32(0)
+    for step in (0, 1, 2, 4, 5, 6, 7, 9):  # 3 and 8 hold sample 30, in the first epoch and the second
+        weights = weights * np.float32(0.9) + np.float32((np.arange(8 * step, 8 * step + 8) % 40).sum())
+    np.testing.assert_allclose(np.asarray(fitted.state["w"]), weights, rtol=1e-6)
+    texts = [event.text for event in read(directory) if event.kind == "nan"]
+    assert texts == [
+        "loss is nan in step 4. The run goes back to step 2; the batch of step 4 is left out.",
+        "loss is nan in step 8. The run goes back to step 6; the batch of step 8 is left out.",
+    ]
