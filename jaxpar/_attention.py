@@ -10,7 +10,7 @@ Shapes: B batch, T sequence, N query heads, K key and value heads, H features of
 
 import functools as ft
 import math
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,7 @@ from ._constrain import constrain, layout
 from ._errors import ShardingError
 from ._planned import Traced
 from ._ring import across, grouped
-from ._sequence import ContextSplit
+from ._sequence import SCOPE, ContextSplit
 from ._types import Axes
 
 _Q, _KV = ("batch", "seq", "heads", None), ("batch", "seq", "kv", None)
@@ -75,7 +75,7 @@ def attention(
         >>> bool(jnp.allclose(out[:, 0], q[:, 0, :1]))  # the first token sees itself alone
         True
     """
-    _check(q, k, v, positions, segments, window)
+    _check(q, k, v, positions, segments, window, kernel)
     region = _context.current()
     asked = _kernels.Asked(
         causal=causal,
@@ -154,7 +154,7 @@ def _on_many(
         heads=heads if shared != heads else (),
         group=q.shape[2] // k.shape[2],
     )
-    return jax.shard_map(
+    kernel = jax.shard_map(
         body,
         mesh=region.mesh,
         in_specs=(P(batch, seq, heads), P(batch, seq, shared), P(batch, seq, shared), specs),
@@ -162,7 +162,9 @@ def _on_many(
         # With the check, `vmap` over replicas fails where a loop or a branch mixes what has the replica dim and what
         # has not ("requires varying manual axes to match"; jax 0.10.2 and 0.12.0); and Pallas knows no such types.
         check_vma=False,
-    )(q, k, v, given)
+    )
+    with jax.named_scope(SCOPE):
+        return kernel(q, k, v, given)
 
 
 def _device(
@@ -213,6 +215,7 @@ def _check(
     positions: jax.Array | None,
     segments: jax.Array | None,
     window: int | None,
+    kernel: str | None,
 ) -> None:
     failures = []
     if q.ndim != 4 or k.ndim != 4 or k.shape != v.shape or (*q.shape[:2], q.shape[3]) != (*k.shape[:2], k.shape[3]):
@@ -225,6 +228,8 @@ def _check(
     for name, marks in (("positions", positions), ("segments", segments)):
         if marks is not None and marks.shape != q.shape[:2]:
             failures.append(f"{name} {marks.shape} for q {q.shape}: one for each token, {q.shape[:2]}")
+    if kernel is not None and kernel not in get_args(_kernels.Name):
+        failures.append(f"kernel is {kernel!r}: one of {', '.join(map(repr, get_args(_kernels.Name)))}, or left out")
     if window is not None and window < 1:
         failures.append(f"window is {window}: at least 1, its own position")
     if failures:

@@ -10,14 +10,14 @@ is NaN unless they go up by one within each segment.
 """
 
 import dataclasses
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
-from ._blockwise import Heads, Marks, Setting, blockwise
+from ._blockwise import BLOCK, Heads, Marks, Setting, blockwise
 from ._errors import ShardingError
 from ._mesh import hardware_of
 from ._sequence import ContextSplit
@@ -26,6 +26,8 @@ Name = Literal["blockwise", "splash", "cudnn", "xla"]
 
 _OWN: dict[str, Name] = {"tpu": "splash", "gpu": "cudnn"}
 """The kernels that are made for a platform."""
+
+AnyArray = jax.Array | jax.ShapeDtypeStruct
 
 _LANES = 128
 
@@ -73,7 +75,7 @@ class Chosen:
     @property
     def setting(self) -> Setting:
         """What blockwise attention needs to know."""
-        return Setting(causal=self.asked.causal, window=self.asked.window, scale=self.asked.scale)
+        return Setting(causal=self.asked.causal, window=self.asked.window, scale=self.asked.scale, block=BLOCK)
 
     def run(self, heads: Heads, queries: Marks, keys: Marks, masks: Any = None) -> jax.Array:
         """Attention [B, Q, K, G, H] over keys that are all here; `masks` are `splash_masks`, of splash alone."""
@@ -123,15 +125,12 @@ class Chosen:
         return jnp.moveaxis(out, 1, 2).reshape(heads.q.shape)
 
 
-def choose(asked: Asked, q: jax.Array, *, mesh: Any, split: ContextSplit | None, inside: bool = False) -> Chosen:
+def choose(asked: Asked, q: AnyArray, *, mesh: Any, split: ContextSplit | None, inside: bool = False) -> Chosen:
     """The kernel for a call on `mesh`, with sequences split as `split` says; `inside` of a manual region or not.
 
     Raises:
         ShardingError: The kernel that was named cannot do it; with the reason.
     """
-    if asked.name is not None and asked.name not in get_args(Name):
-        names = ", ".join(map(repr, get_args(Name)))
-        raise ShardingError(f"attention: kernel={asked.name!r}. Use one of {names}, or leave it out.")
     platform = _platform_of(mesh)
     best = _OWN.get(platform, "blockwise")
     wanted = asked.name or best
@@ -188,7 +187,7 @@ def splash_spec(masks: Any, mesh: Any, axis: str) -> Any:
     return masks.manual_sharding_spec(NamedSharding(mesh, PartitionSpec(None, axis)))
 
 
-def _why_not(name: Name, asked: Asked, q: jax.Array, platform: str, mesh: Any, split: ContextSplit | None) -> str:
+def _why_not(name: Name, asked: Asked, q: AnyArray, platform: str, mesh: Any, split: ContextSplit | None) -> str:
     """Why the kernel `name` cannot do what is asked; `""` if it can."""
     if name == "blockwise":
         return ""

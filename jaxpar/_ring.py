@@ -49,6 +49,7 @@ def across(
         q, k, v = (_exchange(x, 2, 1, split) for x in (q, k, v))
         marks = Marks(_gathered(marks.at, split), None if marks.of is None else _gathered(marks.of, split))
     heads, shape = grouped(q, k, v), q.shape
+    mixed: jax.Array
     if split.method == "allgather":
         gather = ft.partial(lax.all_gather, axis_name=split.axis, axis=1, tiled=True)
         k, v, keys = gather(k), gather(v), jax.tree.map(gather, marks)
@@ -56,10 +57,10 @@ def across(
             k, v, keys = jax.tree.map(ft.partial(_restored, split=split), (k, v, keys))
         mixed = kernel.run(Heads(heads.q, k, v), marks, keys, masks)
     elif split.heads < split.size:
-        mixed = ring(heads, marks, kernel.setting, Route.of(split))
+        mixed = ring(heads, marks, kernel.setting, Route.of(split))  # pyright: ignore[reportAssignmentType] (custom_vjp)
     else:
         mixed = kernel.run(heads, marks, marks)
-    mixed = jnp.reshape(mixed, shape)
+    mixed = mixed.reshape(shape)
     return _exchange(mixed, 1, 2, split) if split.heads > 1 else mixed
 
 

@@ -22,6 +22,9 @@ import numpy as np
 from ._errors import ShardingError
 from ._rules import matches
 
+SCOPE = "jp.attention"
+"""Names what attention moves between devices, in compiled programs."""
+
 POSITIONS = "positions"
 """The field of a batch that says where tokens are."""
 

@@ -284,7 +284,7 @@ CASES = {
             name="gpt",
             make=lambda: gpt.GPT(GPT, rngs=nnx.Rngs(0)),
             loss=gpt.loss,
-            batch=texts(),
+            batch=texts() | {"positions": np.broadcast_to(np.arange(T, dtype=np.int32), (ROWS, T))},
             tensor={**_ATTENTION, "column": [*_ATTENTION["column"], "*.gate"], "vocab": ["embed"]},
             has_seq=True,
             is_narrow=True,

@@ -177,7 +177,7 @@ class Loader:
         if size > self.batch_size:
             text = "Batches of %d are filled up to %d by rows of weight 0, as mesh axes %s split them in %d."
             _processes.say(logging.INFO, text, self.batch_size, size, ", ".join(axes), parts)
-        sharding = NamedSharding(plan.mesh, PartitionSpec(axes or None))
+        sharding = NamedSharding(plan.mesh, PartitionSpec(axes) if axes else PartitionSpec())
         held = sharding.addressable_devices_indices_map((size,)).values()
         rows = [index[0].indices(size)[:2] for index in held if index is not None]
         index, count = _part_of(rows, size)

@@ -20,10 +20,19 @@ import numpy as np
 from .._context import axes_at
 from .._hlo import Collective
 from .._plan import Move, Plan, Record
+from .._sequence import SCOPE
 from .._types import Axes
 
 _FEW_NUMBERS = 8
 """A sum of as many numbers is a loss with its weight, a norm or a count: no array of a model."""
+
+_MEETINGS = {
+    "allgather": ("all-gather", "reduce-scatter"),
+    "ring": ("collective-permute",),
+    "ulysses": ("all-to-all", "all-gather"),  # positions and segments are gathered
+    "hybrid": ("collective-permute",),
+}
+"""What moves where the parts of a sequence meet, by method."""
 
 _AGAIN = ", which computes the block again"
 """As a plan's moves say it of weights."""
@@ -142,7 +151,7 @@ class _Pool:
         """What is expected of a step though no leaf moves: sums of numbers, and the two ends of a split vocabulary."""
         if each.kind == "all-reduce" and math.prod(each.shape) <= _FEW_NUMBERS:
             return self._sums(each)
-        return self._between_stages(each) or self._vocabulary(each)
+        return self._between_stages(each) or self._attention(each) or self._vocabulary(each)
 
     def _between_stages(self, each: Collective) -> str:
         """What a pipeline moves."""
@@ -152,6 +161,13 @@ class _Pool:
             "collective-permute": "activation to the next stage, or its gradient to the one before",
             "all-reduce": "activation or gradient, between the stages and what is outside of them",
         }.get(each.kind, "")
+
+    def _attention(self, each: Collective) -> str:
+        """How the parts of a sequence meet."""
+        split = self.plan.context
+        if split is None or each.axes != (split.axis,) or SCOPE not in each.op_name:
+            return ""
+        return f"attention, {split.method}" if each.kind in _MEETINGS[split.method] else ""
 
     def _vocabulary(self, each: Collective) -> str:
         """The two ends of a model whose vocabulary is split."""

@@ -24,7 +24,7 @@ class Config(gpt.Config):
     num_experts: int
     num_chosen: int
     num_shared: int = 0
-    dispatch: jp.Capacity | jp.Dropless = jp.Dropless()
+    dispatch: jp.Capacity | jp.Dropless = jp.Dropless()  # noqa: RUF009  # a frozen value
     balance: float = 0.01
     z: float = 0.001
 
@@ -32,8 +32,8 @@ class Config(gpt.Config):
         super().__post_init__()
         if not 1 <= self.num_chosen <= self.num_experts:
             raise ValueError(
-                f"num_chosen={self.num_chosen} of num_experts={self.num_experts}. Choose at least one, and no more than "
-                "there are."
+                f"num_chosen={self.num_chosen} of num_experts={self.num_experts}. Choose at least one, and no more "
+                "than there are."
             )
 
 

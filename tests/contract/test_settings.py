@@ -128,6 +128,11 @@ STRATEGIES = {
     (jp.TP, "vocab"): lambda: differs(jp.TP(**TP), jp.TP(**TP, vocab=["embedding"]), tensor=8),
     (jp.TP, "heads"): lambda: differs(jp.TP(**TP), jp.TP(**TP, heads={"up": 4}), tensor=8),
     (jp.TP, "sequence"): lambda: differs(jp.TP(**TP), jp.TP(**TP, sequence=True), tensor=8),
+    (jp.CP, "axis"): lambda: differs(jp.CP(), jp.CP(axis="seq"), context=8, other_mesh=mesh(seq=8)),
+    (jp.CP, "method"): lambda: differs(jp.CP(), jp.CP(method="ring"), context=8),
+    (jp.CP, "balance"): lambda: differs(jp.CP(), jp.CP(balance="none"), context=8),
+    (jp.CP, "heads"): lambda: differs(jp.CP(method="hybrid", heads=2), jp.CP(method="hybrid", heads=4), context=8),
+    (jp.CP, "whole"): lambda: differs(jp.CP(), jp.CP(whole=["image"]), context=8),
 }
 
 
@@ -278,6 +283,17 @@ def weighted_sum(accumulate):
     return jp.value_and_grad(mean, accumulate=accumulate, weight=weigh)(params(), X)[0]
 
 
+def attends_otherwise(**options):
+    q = jax.random.normal(jax.random.key(0), (1, 4, 2, 8))
+    default, changed = (jax.jit(lambda q, of=of: jp.attention(q, q, q, **of))(q) for of in ({}, options))
+    return not np.array_equal(default, changed)
+
+
+def attends_by(kernel):
+    q = jnp.ones((1, 4, 2, 8))
+    return "custom_vjp" not in str(jax.make_jaxpr(lambda q: jp.attention(q, q, q, kernel=kernel))(q))
+
+
 OPTIONS = {
     (jp.plan, "optimizer"): lambda: plan_with(optimizer=optax.adam(1e-3)).totals().optimizer is not None,
     (jp.plan, "trainable"): lambda: plan_with(trainable=["up"]).records["down"].slot == "frozen",
@@ -294,6 +310,12 @@ OPTIONS = {
     (jp.value_and_grad, "accumulate"): lambda: "replica" in noted(accumulate=2)[0],
     (jp.value_and_grad, "has_aux"): returns_aux,
     (jp.value_and_grad, "weight"): lambda: np.isclose(weighted_sum(1), weighted_sum(4)),
+    (jp.attention, "positions"): lambda: attends_otherwise(positions=jnp.array([[3, 2, 1, 0]])),
+    (jp.attention, "segments"): lambda: attends_otherwise(segments=jnp.array([[0, 0, 1, 1]])),
+    (jp.attention, "causal"): lambda: attends_otherwise(causal=False),
+    (jp.attention, "window"): lambda: attends_otherwise(window=2),
+    (jp.attention, "scale"): lambda: attends_otherwise(scale=1.0),
+    (jp.attention, "kernel"): lambda: attends_by("xla") and not attends_by("blockwise"),
     (jp.value_and_grad, "separable"): lambda: "whole" in noted(accumulate=2, separable=False)[0],
 }
 
@@ -303,12 +325,15 @@ EFFECTS = STRATEGIES | PRECISION | RECIPE | OPTIONS
 def test_every_setting_has_an_entry():
     settings = {
         (kind, field.name)
-        for kind in (jp.DP, jp.ZeRO, jp.FSDP, jp.PP, jp.TP, jp.EP, jp.Capacity, jp.Dropless, jp.Precision, jp.Recipe)
+        for kind in (
+            *(jp.DP, jp.ZeRO, jp.FSDP, jp.PP, jp.TP, jp.CP, jp.EP),
+            *(jp.Capacity, jp.Dropless, jp.Precision, jp.Recipe),
+        )
         for field in dataclasses.fields(kind)
     }
     settings |= {
         (function, parameter.name)
-        for function in (jp.plan, jp.BoundPlan.jit, jp.Recipe.reduced, jp.value_and_grad)
+        for function in (jp.plan, jp.BoundPlan.jit, jp.Recipe.reduced, jp.value_and_grad, jp.attention)
         for parameter in inspect.signature(function).parameters.values()
         if parameter.kind == inspect.Parameter.KEYWORD_ONLY
     }
