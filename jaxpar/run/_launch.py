@@ -301,7 +301,8 @@ class _Supervisor:
         """The exit code of a group that ended well, or was asked to stop."""
         codes = {end.code for end in ended}
         if not self.asked and codes == {_exits.DONE}:
-            self._say("done", f"All {len(self.slots)} processes ended well.", attempt=self.attempt)
+            count = len(self.slots)
+            self._say("done", f"All {count} processes ended well." if count > 1 else "The process ended well.")
             return _exits.DONE
         if codes == {_exits.DONE}:  # after Ctrl-C a loop just ends; a signal may also come after the last step
             return _exits.INTERRUPTED if self.asked == signal.SIGINT else _exits.DONE
