@@ -26,7 +26,7 @@ from orbax.checkpoint import v1 as ocp
 from jaxpar import checkpoint
 
 ROUNDS, NUM_LEAVES = 5, 16
-EVERY, NUM_SAVES = 20, 3  # steps between saves; a user would save more rarely
+EVERY, NUM_SAVES = 20, 3  # steps after each save: a few seconds; a user saves every few minutes
 
 
 def shapes(megabytes):
@@ -96,8 +96,8 @@ def throughput(megabytes):
 
 
 def stall(megabytes):
-    """Steps of some seconds over a state of this size, with a save now and then and without, in turn."""
-    size = 2048
+    """Steps over a state of this size, with a save beside them and without, in turn."""
+    size = 1024
     state = {name: jnp.zeros(leaf.shape) for name, leaf in shapes(megabytes).items()}
     left, right = jax.random.normal(jax.random.key(0), (2, size, size))
 
