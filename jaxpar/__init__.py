@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from . import checkpoint as checkpoint, data as data, testing as testing
+    from ._attention import attention as attention
     from ._bound import BoundPlan as BoundPlan, plan as plan
     from ._cache import compilation_cache as compilation_cache
     from ._cluster import initialize as initialize
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
         ShardingError as ShardingError,
         StepError as StepError,
     )
+    from ._experts import Capacity as Capacity, Dropless as Dropless, experts as experts
     from ._grad import value_and_grad as value_and_grad
     from ._mesh import mesh as mesh, simulate as simulate
     from ._options import compiler_options as compiler_options
@@ -27,24 +29,27 @@ if TYPE_CHECKING:
     from ._planned import gather as gather
     from ._precision import Precision as Precision
     from ._recipe import Program as Program, Recipe as Recipe
+    from ._route import Routing as Routing, balance as balance, route as route, route_by_expert as route_by_expert
     from ._stack import Stack as Stack, remat as remat
     from ._verify import verify as verify
     from ._vocab import cross_entropy as cross_entropy, embed as embed
     from .compare import compare as compare
     from .explain import explain as explain
-    from .parallel import DP as DP, FSDP as FSDP, TP as TP, ZeRO as ZeRO
+    from .parallel import CP as CP, DP as DP, EP as EP, FSDP as FSDP, PP as PP, TP as TP, ZeRO as ZeRO
     from .pipeline import Schedule as Schedule, schedule as schedule
     from .run import Run as Run, fit as fit, status as status
 
 __version__ = "0.1.0"
 
 _HOME = {
+    "_attention": ("attention",),
     "_bound": ("BoundPlan", "plan"),
     "_cache": ("compilation_cache",),
     "_cluster": ("initialize",),
     "_constrain": ("constrain",),
     "_dropout": ("dropout",),
     "_errors": ("CheckpointError", "DataError", "MeshError", "ShardingError", "StepError"),
+    "_experts": ("Capacity", "Dropless", "experts"),
     "_grad": ("value_and_grad",),
     "_mesh": ("mesh", "simulate"),
     "_options": ("compiler_options",),
@@ -52,10 +57,11 @@ _HOME = {
     "_planned": ("gather",),
     "_precision": ("Precision",),
     "_recipe": ("Program", "Recipe"),
+    "_route": ("Routing", "balance", "route", "route_by_expert"),
     "_stack": ("Stack", "remat"),
     "_verify": ("verify",),
     "_vocab": ("cross_entropy", "embed"),
-    "parallel": ("DP", "FSDP", "TP", "ZeRO"),
+    "parallel": ("CP", "DP", "EP", "FSDP", "PP", "TP", "ZeRO"),
     "pipeline": ("Schedule", "schedule"),
     "run": ("Run", "fit", "status"),
 }

@@ -22,7 +22,7 @@ from ._slots import Matcher, slot_record, unmatched_note
 from ._step import StepFunction
 from ._strategy import Strategy, check_types, resolve
 from ._types import AnyMesh, Axes, Factory, PyTree
-from .parallel import FSDP
+from .parallel import FSDP, PP
 
 logger = logging.getLogger("jaxpar")
 
@@ -69,7 +69,9 @@ def plan(
     sizes = axis_sizes(mesh)
     rules = _rules.as_rules(dims)
     blocks = {each.blocks: each.remat for each in strategies if isinstance(each, FSDP) and each.blocks is not None}
-    birth = _birth.conceive(factory, blocks=blocks, param_dtype=precision.param)
+    pipeline = next((each for each in strategies if isinstance(each, PP) and sizes.get(each.axis, 1) > 1), None)
+    cut = None if pipeline is None else ft.partial(_cut, pipeline, sizes)
+    birth = _birth.conceive(factory, blocks=blocks, param_dtype=precision.param, cut=cut)
     is_trained = _rules.predicate(trainable)
     leaves = {path: _leaf(path, birth, is_trained) for path, slot in birth.slots.items() if slot == "parameter"}
     draft = _rules.Draft(sizes=sizes, leaves=leaves)
@@ -88,9 +90,10 @@ def plan(
     bound = BoundPlan(
         axes=sizes,
         records=records,
-        dims={dim: _in_mesh_order(sizes, axes) for dim, axes in sorted(draft.dims.items())},
+        dims={dim: _in_order(sizes, dim, axes, draft) for dim, axes in sorted(draft.dims.items())},
         replicas=_in_mesh_order(sizes, (axis for axis in draft.replicas if axis not in draft.shards)),
         shards=_in_mesh_order(sizes, draft.shards),
+        context=draft.context,
         strategies=tuple(sorted(map(_describe, strategies))),
         inactive=tuple(sorted(draft.inactive)),
         notes=(*draft.notes, *_stacked_note(records, birth)),
@@ -155,6 +158,19 @@ class BoundPlan(Plan):
     def batch_sharding(self) -> NamedSharding:
         """Where batch arrays lie: their first dim split over the batch axes."""
         return self.sharding(PartitionSpec(self.batch_axes or None))
+
+    def batch_placement(self, path: str, shape: tuple[int, ...]) -> NamedSharding:
+        """Where the field of a batch at `path` lies: rows over the batch axes, its sequence, if any, over that axis."""
+        return (
+            self.token_sharding
+            if self.context is not None and self.context.splits(path, shape)
+            else self.batch_sharding
+        )
+
+    @property
+    def token_sharding(self) -> NamedSharding:
+        """Where arrays of a value for each token lie: split by rows, and within sequences where the plan does that."""
+        return self.sharding(PartitionSpec(self.batch_axes or None, self.context.axis if self.context else None))
 
     @property
     def num_batch_shards(self) -> int:
@@ -304,14 +320,15 @@ class BoundPlan(Plan):
 
         With one process that is the whole batch; processes that hold the same rows, because another axis runs across
         them, each give these. Moves each row once, from host to the device that needs it. Scalars
-        are replicated.
+        are replicated. Where a plan splits sequences (`CP`), so is the second dim of each array, and its order may
+        become another, the same for all: `unbatch` undoes it.
 
         Args:
             batch: Any pytree of arrays with one leading size, on host or device.
 
         Raises:
             ShardingError: Arrays of different leading sizes, or a size that the batch axes do not divide, with the
-                nearest sizes that fit.
+                nearest sizes that fit; sequences that do not divide, or a new order without `positions` to tell it.
 
         Example:
             >>> plan = jp.plan(lambda: {"w": jnp.ones((64, 64))}, jp.mesh(data=-1), [jp.DP()])
@@ -321,17 +338,34 @@ class BoundPlan(Plan):
         self._check_attached("batch")
         flat = _tree.flatten(batch)
         _check_batch(flat.leaves, self)
+        leaves = flat.leaves if self.context is None else self.context.arrange(flat.leaves)
         parts = _row_parts(self)
 
-        def place(leaf: Any) -> jax.Array:
+        def place(path: str, leaf: Any) -> jax.Array:
             if np.ndim(leaf) == 0:
                 return jax.device_put(leaf, self.sharding(PartitionSpec()))
+            where = self.batch_placement(path, np.shape(leaf))
             if parts == 1:
-                return jax.device_put(leaf, self.batch_sharding)
+                return jax.device_put(leaf, where)
             shape = (leaf.shape[0] * parts, *leaf.shape[1:])
-            return jax.make_array_from_process_local_data(self.batch_sharding, np.asarray(leaf), shape)
+            return jax.make_array_from_process_local_data(where, np.asarray(leaf), shape)
 
-        return flat.build({path: place(leaf) for path, leaf in flat.leaves.items()})
+        return flat.build({path: place(path, leaf) for path, leaf in leaves.items()})
+
+    def unbatch(self, outputs: PyTree) -> PyTree:
+        """What a step returned for each token, `[batch, seq, ...]`, with its tokens in the order of the sequence.
+
+        Undoes what `batch` does for `CP(balance="zigzag")`; without that nothing changes. Moves half of each device's
+        part to another.
+
+        Example:
+            >>> plan = jp.plan(lambda: {"w": jnp.ones((4, 4))}, jp.mesh(context=4), [jp.CP()])
+            >>> batch = plan.batch({"positions": np.arange(8)[None]})
+            >>> batch["positions"].tolist(), plan.unbatch(batch["positions"]).tolist()
+            ([[0, 7, 1, 6, 2, 5, 3, 4]], [[0, 1, 2, 3, 4, 5, 6, 7]])
+        """
+        split = self.context
+        return outputs if split is None else jax.tree.map(split.restore, outputs)
 
     def records_of(self, optimizer: Any) -> dict[str, Record]:
         """Records of the state that `optimizer` keeps for this plan's trained parameters."""
@@ -399,6 +433,12 @@ class BoundPlan(Plan):
                 "drawn and compared; to run it, make the mesh from attached devices or from jp.simulate(n)."
             )
 
+    @property
+    def schedule(self) -> Any:
+        """The schedule of the pipeline; only if there is one."""
+        pipeline = self.strategy(PP)
+        return pipeline.schedule_for(self.axes[pipeline.axis])
+
     def strategy(self, kind: type) -> Any:
         """The strategy of a type that is active here, or `None`."""
         inactive = {label for label, _ in self.inactive}
@@ -427,6 +467,13 @@ def _is_optimizer(kind: type) -> bool:
     return issubclass(kind, nnx.OptState)
 
 
+def _cut(pipeline: PP, sizes: dict[str, int], stack: Any, path: str) -> None:
+    """Lay a stack out for the stages of a pipeline."""
+    pipeline.check_layers(stack.num, sizes[pipeline.axis], path)
+    if pipeline.num_chunks > 1:
+        stack.cut(pipeline.num_chunks)
+
+
 def _leaf(path: str, birth: Birth, is_trained: _rules.Predicate) -> _rules.Leaf:
     shape = birth.shapes[path]
     alias = birth.aliases.get(path, path)
@@ -435,7 +482,7 @@ def _leaf(path: str, birth: Birth, is_trained: _rules.Predicate) -> _rules.Leaf:
         shape=shape.shape,
         itemsize=shape.dtype.itemsize,
         alias=alias,
-        layers=int(path in birth.layers),
+        layers=birth.layers.get(path, 0),
         names=birth.names.get(path),
         owner=birth.owners.get(path, ""),
         trainable=is_trained(alias),
@@ -494,6 +541,13 @@ def _describe(strategy: Strategy) -> str:
 def _in_mesh_order(sizes: dict[str, int], axes: Any) -> Axes:
     chosen = set(axes)
     return tuple(axis for axis in sizes if axis in chosen and sizes[axis] > 1)
+
+
+def _in_order(sizes: dict[str, int], dim: str, axes: Any, draft: _rules.Draft) -> Axes:
+    """Axes of a dim in the order of the mesh; of a sequence the parts that attention sees whole come first."""
+    ordered = _in_mesh_order(sizes, axes)
+    outer = draft.context.axis if dim == "seq" and draft.context is not None else None
+    return tuple(sorted(ordered, key=lambda axis: axis != outer))
 
 
 def _row_parts(plan: BoundPlan) -> int:

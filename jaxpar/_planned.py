@@ -40,6 +40,7 @@ class Traced(Region):
 
     Attributes:
         dims: Logical dims of activations that were named.
+        attends: What was said of each kind of call of `attention`.
         notes: What a reader of the step should know.
         warnings: What the log is to say, once: a step may be traced twice.
         values: What each parameter was read as, in each trace inside.
@@ -47,16 +48,17 @@ class Traced(Region):
     """
 
     dims: set[str] = dataclasses.field(default_factory=set)
+    attends: set[str] = dataclasses.field(default_factory=set)
     notes: list[str] = dataclasses.field(default_factory=list)
     warnings: list[str] = dataclasses.field(default_factory=list)
     values: dict[Any, Any] = dataclasses.field(default_factory=dict)
     tables: frozenset[str] = frozenset()
 
     def __hash__(self) -> int:
-        return hash((id(self.values), self.replicas))
+        return hash((id(self.values), self.replicas, self.manual))
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Traced) and self.values is other.values and self.replicas == other.replicas
+        return isinstance(other, Traced) and self.values is other.values and self._here == other._here
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,10 +10,13 @@ import fnmatch
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ._errors import ShardingError, listed, nearest
 from ._types import Axes
+
+if TYPE_CHECKING:
+    from ._sequence import ContextSplit
 
 
 def matches(pattern: str, path: str) -> bool:
@@ -60,7 +63,7 @@ class Leaf:
         alias: What patterns see of the path: not the `value` that Linen's boxes add.
         shape: Global shape.
         itemsize: Bytes an element.
-        layers: Leading dims that stack equal blocks: 0 or 1. Never split; strategies see the dims after them.
+        layers: Leading dims that stack equal blocks. Strategies see the dims after them; a pipeline splits the last.
         names: A logical name for each dim, or `None` where the model carries none.
         owner: The type name of the object that holds it as an attribute; `""` for an item of a dict or a list.
         role: `"column"` or `"row"` if tensor parallelism splits its outputs or its inputs; `""` otherwise.
@@ -130,6 +133,7 @@ class Draft:
         dims: Axes of each logical dim of activations: `{"batch": ("data", "fsdp"), "mlp": ("tensor",)}`.
         replicas: Axes over which parameters are replicated and the batch is split.
         shards: Axes over which parameters and the batch are both split.
+        context: How sequences are split, if they are.
         problems: What is wrong, each with its way out.
         inactive: Strategies that have nothing to do on this mesh, with the reason.
         notes: What a reader of the plan should know.
@@ -140,6 +144,7 @@ class Draft:
     dims: dict[str, Axes] = dataclasses.field(default_factory=dict)
     replicas: list[str] = dataclasses.field(default_factory=list)
     shards: list[str] = dataclasses.field(default_factory=list)
+    context: "ContextSplit | None" = None
     problems: list[str] = dataclasses.field(default_factory=list)
     inactive: list[tuple[str, str]] = dataclasses.field(default_factory=list)
     notes: list[str] = dataclasses.field(default_factory=list)
@@ -206,6 +211,19 @@ def is_called_embedding(leaf: Leaf) -> bool:
     return called_so and not any(name.startswith("unemb") for name in names)
 
 
+def role_of(names: Sequence[str | None], split: Sequence[int]) -> str:
+    """Whether dims named so make a matrix whose outputs are split or whose inputs are: `("embed", "mlp")` is column.
+
+    Args:
+        names: Of one block's leaf.
+        split: The dims that are, or would be, split by tensor parallelism.
+    """
+    if not split or "embed" not in names or names[split[0]] == "vocab":
+        return ""
+    role = "column" if names.index("embed") < split[0] else "row"
+    return f"{EXPERT} {role}" if EXPERT in names else role
+
+
 def way_out(size: int, axis: str, axis_size: int) -> str:
     """How to make a dim of `size` fit an axis: the nearest multiples."""
     below = size // axis_size * axis_size
@@ -213,7 +231,10 @@ def way_out(size: int, axis: str, axis_size: int) -> str:
     return f"Use a multiple of {axis_size} ({nearest_sizes} here), or another size of axis {axis!r}"
 
 
-KNOWN = ("embed", "heads", "kv", "mlp", "vocab")
+EXPERT = "expert"
+"""The name of the dim of a leaf that stacks experts, its first."""
+
+KNOWN = ("embed", EXPERT, "heads", "kv", "mlp", "vocab")
 """Names of dims of parameters that strategies read."""
 
 LAYERS = ("layers", "layer")

@@ -13,13 +13,14 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from . import _calls, _context, _planned, _scopes, _traits, _waits
 from ._birth import no_eager_sharding
+from ._branches import refuse_stuck
 from ._calls import Call, Place, Result
 from ._errors import ShardingError, StepError, listed
 from ._plan import TABLE, Record, gradient_route
 from ._plan_text import bytes_text
 from ._planned import GATHERED, LAYER_GATHERED, Traced
 from ._slots import Match
-from .parallel import TP
+from .parallel import PP, TP
 
 logger = logging.getLogger("jaxpar")
 
@@ -35,6 +36,7 @@ class _Compiled:
         donated: Which arrays are given away.
         result: How the result is put together.
         notes: What the plan did.
+        ends: Whether it is known that no device waits without end for another.
     """
 
     function: Any
@@ -43,6 +45,7 @@ class _Compiled:
     donated: tuple[int, ...]
     result: Result
     notes: tuple[str, ...]
+    ends: bool
 
     def __call__(self, call: Call) -> Any:
         arrays, moved = list(call.arrays), {}
@@ -156,6 +159,11 @@ class StepFunction:
                 return result
         call = _calls.take_apart(self._names, args, kwargs)
         compiled = self._get(call)
+        if not compiled.ends:
+            # JAX keeps what it compiles here for the call.
+            program = compiled.function.lower(*_shapes(call)).compile()
+            refuse_stuck(self.__name__, program, self.plan.mesh)
+            compiled.ends = True
         result = compiled(call)
         glance = _calls.Glance.of(call, compiled.shardings, args, kwargs)
         self._glance = None if glance is None else (glance, compiled)
@@ -170,10 +178,9 @@ class StepFunction:
         """The step for these arguments as a function of arrays alone, and what is known of each array."""
         call = _calls.take_apart(self._names, args, kwargs)
         compiled = self._get(call)
-        types = map(_calls.type_of, call.arrays)
         return Flat(
             function=compiled.function,
-            shapes=[jax.ShapeDtypeStruct(shape, dtype, weak_type=weak) for shape, dtype, weak in types],
+            shapes=_shapes(call),
             places=call.places,
             records=[
                 match and match.record
@@ -269,8 +276,16 @@ class StepFunction:
         num = call.num_node_arrays
         before, after = jaxpr.jaxpr.invars[:num], jaxpr.jaxpr.outvars[:num]
         changed = tuple(index for index in range(num) if before[index] is not after[index])
-        given = zip(call.arrays, shardings, strict=True)
-        rows = {np.shape(array)[0] for array, sharding in given if sharding == plan.batch_sharding and np.ndim(array)}
+        shapes = [np.shape(array) for array in call.arrays]
+        by_row, by_token = (
+            {
+                shape[:ndim]
+                for shape, each in zip(shapes, shardings, strict=True)
+                if each == where and len(shape) >= ndim
+            }
+            for ndim, where in ((1, plan.batch_sharding), (2, plan.token_sharding))
+        )
+        rows = by_row | {shape[:1] for shape in by_token} | by_token
         out_shardings = [shardings[index] for index in changed] + [
             self._output_sharding(place, aval, rows)
             for place, aval in zip(result.places, jaxpr.out_avals[num:], strict=True)
@@ -283,7 +298,8 @@ class StepFunction:
             donate_argnums=donated,
             compiler_options=self._options,
         )
-        return _Compiled(function, shardings, changed, donated, result, tuple(region.notes))
+        in_stages = plan.strategy(PP) is not None  # whose branches some devices take and others do not
+        return _Compiled(function, shardings, changed, donated, result, tuple(region.notes), ends=not in_stages)
 
     def _match(self, place: Place, array: Any) -> Match | None:
         key = (place, np.shape(array), getattr(array, "dtype", None))
@@ -301,7 +317,9 @@ class StepFunction:
             return plan.sharding(own.spec)
         size = math.prod(plan.axes[axis] for axis in plan.batch_axes)
         shape = np.shape(array)
-        if place.kind is None and not place.is_slot and size > 1 and len(shape) > 0 and _looks_like_batch(array, size):
+        has_rows = size > 1 and len(shape) > 0 and _looks_like_batch(array, size)
+        has_tokens = plan.context is not None and len(shape) > 1 and shape[1] % plan.context.size == 0
+        if place.kind is None and not place.is_slot and (has_rows or has_tokens):
             raise StepError(
                 f"{place.path}: an array of shape {shape} that is not on the plan's mesh would be copied whole to all "
                 f"{plan.num_devices} devices. Split the batch with plan.batch(...) before the step, or replicate on "
@@ -309,8 +327,11 @@ class StepFunction:
             )
         return plan.sharding(PartitionSpec())
 
-    def _output_sharding(self, place: Place, aval: Any, rows: set[int]) -> NamedSharding:
-        """Where something that a step returns lies: with its parameter, with the batch, or whole if it is a scalar."""
+    def _output_sharding(self, place: Place, aval: Any, rows: set[tuple[int, ...]]) -> NamedSharding:
+        """Where something that a step returns lies: with its parameter, with the batch, or whole if it is a scalar.
+
+        `rows` are the numbers of rows of what was split by rows, and with their tokens of what was split by these too.
+        """
         plan = self.plan
         match = self._match(place, aval)
         if match is not None:
@@ -318,7 +339,9 @@ class StepFunction:
         if not aval.shape or place.kind is not None or place.is_slot:
             return plan.sharding(PartitionSpec())
         size = math.prod(plan.axes[axis] for axis in plan.batch_axes)
-        if aval.shape[0] in rows and aval.shape[0] % size == 0:
+        if aval.shape[:2] in rows and aval.ndim > 1 and aval.shape[0] % size == 0:
+            return plan.token_sharding
+        if aval.shape[:1] in rows and aval.shape[0] % size == 0:
             return plan.batch_sharding
         return plan.sharding(PartitionSpec())
 
@@ -356,7 +379,7 @@ class StepFunction:
 
     def _unforeseen_tables(self, found: list[Match | None], call: Call, jaxpr: Any) -> frozenset[str]:
         """Parameters that the step looks up by index, and whose gradients would go another way if the plan knew."""
-        crossed = tuple(axis for axis in self.plan.batch_axes if self.plan.axes[axis] > 1)
+        crossed = self.plan.token_axes
 
         def differs(record: Record) -> bool:
             routes = (gradient_route(self.plan, record, crossed, table=table) for table in (False, True))
@@ -409,7 +432,19 @@ class StepFunction:
         region.warnings.append(f"{self.__name__}: {note}.")
 
     def _check_sequence(self, region: Traced, jaxpr: Any) -> None:
-        strategy = self.plan.strategy(TP)
+        strategy, split = self.plan.strategy(TP), self.plan.context
+        if split is not None and not region.attends and _traits.find(jaxpr, ("exp",)) and "seq" in region.dims:
+            self._warn(
+                region,
+                f"sequences are split over {split.axis!r}, but nothing here calls jp.attention: if the model attends "
+                "in another way, the compiler gathers what it needs",
+            )
+        if split is not None and "seq" not in region.dims and _traits.find(jaxpr, ("dot_general",)):
+            raise StepError(
+                f"{self.__name__}: CP splits sequences over {split.axis!r}, but nothing in this step says which dim of "
+                'an activation that is. Say it in the model, jp.constrain(x, "batch", "seq", "embed"), and attend by '
+                "jp.attention."
+            )
         if strategy is None or not strategy.sequence or "seq" in region.dims:
             return
         if _traits.find(jaxpr, ("dot_general",)):  # it runs a model: not the step of an average, say
@@ -419,6 +454,11 @@ class StepFunction:
                 'jp.constrain(x, "batch", "seq", "embed"), or stack its blocks, FSDP(blocks="blocks.*") or jp.Stack; '
                 "or leave sequence out."
             )
+
+
+def _shapes(call: Call) -> list[jax.ShapeDtypeStruct]:
+    types = map(_calls.type_of, call.arrays)
+    return [jax.ShapeDtypeStruct(shape, dtype, weak_type=weak) for shape, dtype, weak in types]
 
 
 def _is_moved(record: Record) -> bool:

@@ -39,7 +39,7 @@ def train(command: "Train") -> int:
         steps=command.steps,
         directory=command.directory,
         resume=command.resume,
-        every=command.every,
+        every=int(command.every) if command.every.isdigit() else command.every,
         eval_data=data.Loader(split.validation, batch_size=batch_size, seq_len=seq_len, seed=None, epochs=1),
         eval_every=command.eval_every,
         name=command.recipe,

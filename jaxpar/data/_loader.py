@@ -159,7 +159,7 @@ class Loader:
         hold them; a row goes from host to each device that holds it.
 
         Args:
-            plan: What `jp.plan` returns; only its mesh and `batch_axes` are read.
+            plan: What `jp.plan` returns; only its mesh, `batch_axes` and `context` are read.
             depth: Batches that wait on the devices at most, beside the one in use.
 
         Raises:
@@ -177,7 +177,7 @@ class Loader:
         if size > self.batch_size:
             text = "Batches of %d are filled up to %d by rows of weight 0, as mesh axes %s split them in %d."
             _processes.say(logging.INFO, text, self.batch_size, size, ", ".join(axes), parts)
-        sharding = NamedSharding(plan.mesh, PartitionSpec(axes or None))
+        sharding = NamedSharding(plan.mesh, PartitionSpec(axes) if axes else PartitionSpec())
         held = sharding.addressable_devices_indices_map((size,)).values()
         rows = [index[0].indices(size)[:2] for index in held if index is not None]
         index, count = _part_of(rows, size)
@@ -187,11 +187,18 @@ class Loader:
                 f"of this process hold part {index} of {count}. Leave out both: `to` finds them."
             )
 
+        split = plan.context
+
+        def place(name: str, field: np.ndarray) -> jax.Array:
+            where = sharding
+            if split is not None and split.splits(name, field.shape):
+                where = NamedSharding(plan.mesh, PartitionSpec(axes or None, split.axis))
+            return jax.make_array_from_process_local_data(where, field, (size, *field.shape[1:]))
+
         def make(step: int) -> dict[str, jax.Array]:
-            return {
-                name: jax.make_array_from_process_local_data(sharding, field, (size, *field.shape[1:]))
-                for name, field in self._made(step, index, count, size).items()
-            }
+            made = self._made(step, index, count, size)
+            arranged = made if split is None else split.arrange(made)
+            return {name: place(name, field) for name, field in arranged.items()}
 
         return Prefetched(self, make, depth)
 

@@ -20,10 +20,19 @@ import numpy as np
 from .._context import axes_at
 from .._hlo import Collective
 from .._plan import Move, Plan, Record
+from .._sequence import SCOPE
 from .._types import Axes
 
 _FEW_NUMBERS = 8
 """A sum of as many numbers is a loss with its weight, a norm or a count: no array of a model."""
+
+_MEETINGS = {
+    "allgather": ("all-gather", "reduce-scatter"),
+    "ring": ("collective-permute",),
+    "ulysses": ("all-to-all", "all-gather"),  # positions and segments are gathered
+    "hybrid": ("collective-permute",),
+}
+"""What moves where the parts of a sequence meet, by method."""
 
 _AGAIN = ", which computes the block again"
 """As a plan's moves say it of weights."""
@@ -83,7 +92,7 @@ class _Pool:
 
     def __init__(self, plan: Plan, num_tokens: int) -> None:
         self.plan = plan
-        self.tokens = num_tokens // math.prod(plan.axes[axis] for axis in plan.batch_axes)
+        self.tokens = num_tokens // math.prod(plan.axes[axis] for axis in plan.token_axes)
         self.wants = [want for record in plan.records.values() for want in _wants(plan, record)]
         self.by_kind: dict[tuple[str, Axes], list[_Want]] = collections.defaultdict(list)
         for want in self.wants:
@@ -109,6 +118,8 @@ class _Pool:
         if (each.kind, each.axes) != (want.move.kind, want.move.axes):
             return False
         tokens, rest = divmod(math.prod(each.shape), want.elements)
+        if each.kind == "all-to-all":  # how many choices a token has, and how much room there is, is not in the plan
+            return not rest and tokens > 0
         if rest or not tokens or not self.tokens:
             return not rest and tokens > 0
         is_microbatch = each.depth > want.record.layers  # in a loop over microbatches, of an unknown number
@@ -140,7 +151,23 @@ class _Pool:
         """What is expected of a step though no leaf moves: sums of numbers, and the two ends of a split vocabulary."""
         if each.kind == "all-reduce" and math.prod(each.shape) <= _FEW_NUMBERS:
             return self._sums(each)
-        return self._vocabulary(each)
+        return self._between_stages(each) or self._attention(each) or self._vocabulary(each)
+
+    def _between_stages(self, each: Collective) -> str:
+        """What a pipeline moves."""
+        if self.plan.stage_axis is None or each.axes != (self.plan.stage_axis,):
+            return ""
+        return {
+            "collective-permute": "activation to the next stage, or its gradient to the one before",
+            "all-reduce": "activation or gradient, between the stages and what is outside of them",
+        }.get(each.kind, "")
+
+    def _attention(self, each: Collective) -> str:
+        """How the parts of a sequence meet."""
+        split = self.plan.context
+        if split is None or each.axes != (split.axis,) or SCOPE not in each.op_name:
+            return ""
+        return f"attention, {split.method}" if each.kind in _MEETINGS[split.method] else ""
 
     def _vocabulary(self, each: Collective) -> str:
         """The two ends of a model whose vocabulary is split."""
@@ -161,7 +188,7 @@ class _Pool:
         return number == self.tokens or bool(each.depth and number and self.tokens % number == 0)
 
     def _sums(self, each: Collective) -> str:
-        batch = {axis for axis in self.plan.batch_axes if self.plan.axes[axis] > 1}
+        batch = set(self.plan.token_axes)
         cut = set().union(*(_axes(record) for record in self.plan.parameters))
         names = _names(each.op_name)
         said = []

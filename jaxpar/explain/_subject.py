@@ -128,10 +128,15 @@ def _of_step(step: StepFunction, args: tuple[Any, ...], kwargs: dict[str, Any], 
         own = getattr(leaf, "sharding", None)
         spec: PartitionSpec | None = None
         if isinstance(own, NamedSharding):
-            was_batch = own.mesh == step.plan.mesh and own.spec == step.plan.batch_sharding.spec
-            spec = plan.batch_sharding.spec if was_batch else _within(own.spec, plan.axes)
+            is_here = own.mesh == step.plan.mesh
+            if is_here and step.plan.context is not None and own.spec == step.plan.token_sharding.spec:
+                spec = plan.token_sharding.spec
+            elif is_here and own.spec == step.plan.batch_sharding.spec:
+                spec = plan.batch_sharding.spec
+            else:
+                spec = _within(own.spec, plan.axes)
         elif shape and shape[0] % plan.num_batch_shards == 0 and not jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key):
-            spec = plan.batch_sharding.spec
+            spec = plan.batch_placement("", shape).spec
         sharding = None if spec is None else plan.sharding(spec)
         return jax.ShapeDtypeStruct(shape, dtype, weak_type=weak, sharding=sharding)
 
@@ -144,7 +149,7 @@ def _of_flat(flat: Flat, plan: Any, name: str) -> Subject:
         jax.ShapeDtypeStruct(shape.shape, shape.dtype, weak_type=shape.weak_type, sharding=sharding)
         for shape, sharding in zip(flat.shapes, flat.shardings, strict=True)
     ]
-    batch = plan.batch_sharding if plan.num_batch_shards > 1 else None
+    batch = {plan.batch_sharding, plan.token_sharding} if plan.num_batch_shards > 1 or plan.context else set()
     kinds = [
         _kind(place, record, shape, batch)
         for place, record, shape in zip(flat.places, flat.records, shapes, strict=True)
@@ -162,7 +167,7 @@ def _of_flat(flat: Flat, plan: Any, name: str) -> Subject:
     )
 
 
-def _kind(place: Place, record: Any, shape: jax.ShapeDtypeStruct, batch: NamedSharding | None) -> str:
+def _kind(place: Place, record: Any, shape: jax.ShapeDtypeStruct, batch: set[NamedSharding]) -> str:
     """What an array of a call is, in the words of `Argument.kind`."""
     if place.is_slot:
         return "optimizer"
@@ -180,7 +185,7 @@ def _kind(place: Place, record: Any, shape: jax.ShapeDtypeStruct, batch: NamedSh
     if jax.dtypes.issubdtype(shape.dtype, jax.dtypes.prng_key):
         return "rng"
     is_named = place.path.partition(".")[0] in _BATCH_NAMES
-    return "batch" if is_named or (batch is not None and shape.sharding == batch) else "other"
+    return "batch" if is_named or shape.sharding in batch else "other"
 
 
 def _own_paths(flat: Flat) -> list[str]:
@@ -263,7 +268,7 @@ def _of_function(
             f"no argument of {name} says how it is split, so every device of the mesh does all of the work. Give "
             "arrays or jax.ShapeDtypeStructs with a sharding, or a step of a plan."
         )
-    kinds = [_kind(place, None, shape, None) for place, shape in zip(call.places, shapes, strict=True)]
+    kinds = [_kind(place, None, shape, set()) for place, shape in zip(call.places, shapes, strict=True)]
     return Subject(
         name=name,
         function=function,

@@ -38,7 +38,7 @@ def parse_every(every: int | str | Sequence[int | str] | None) -> Every:
     if every is None:
         return Every()
     if isinstance(every, str) and "," in every:  # as on the command line
-        every = every.split(",")
+        every = [int(part) if part.isdigit() else part for part in every.split(",")]
     if not isinstance(every, int | str):
         parts = [parse_every(part) for part in every]
         given = {name: [getattr(part, name) for part in parts if getattr(part, name)] for name in ("steps", "seconds")}

@@ -9,6 +9,8 @@
 else  it failed: 1 after an exception, 128 + n after signal n
 """
 
+import signal
+
 DONE = 0
 GAVE_UP = 70
 HUNG = 74
@@ -24,13 +26,12 @@ def told(code: int) -> str:
     """A return code of `subprocess` in words.
 
     Example:
-        >>> told(-9), told(1), told(137)
-        ('SIGKILL', 'exit code 1', 'SIGKILL')
+        >>> told(-9), told(1), told(137), told(74)
+        ('SIGKILL', 'exit code 1', 'SIGKILL', 'exit code 74, a step hung')
     """
-    import signal
-
+    why = {HUNG: ", a step hung", BACK: ", to go back to a checkpoint"}.get(code, "")
     number = -code if code < 0 else code - 128
     try:
-        return signal.Signals(number).name if number > 0 and code != INTERRUPTED else f"exit code {code}"
+        return signal.Signals(number).name if number > 0 and code != INTERRUPTED else f"exit code {code}{why}"
     except ValueError:
-        return f"exit code {code}"
+        return f"exit code {code}{why}"

@@ -33,7 +33,9 @@ from ._beat import Pulse, pulses
 from ._events import LAUNCHER, Events, read
 from ._group import Ended, Group
 
+LAST = ("error", "hang", "disagree", "nan", "spike")  # events that are the last words of a process
 POLL = 0.1
+SETTLE = 0.2  # in which the ends of others are seen, so that the cause is named rather than the first that was noticed
 OUT_AFTER = 2  # failures of one place before its first step, one after another
 MOST_BACKOFF = 60.0
 
@@ -183,15 +185,17 @@ class _Supervisor:
                 )
                 return self._stopped(ended)
             if bad and not self.asked:
-                return self._died(bad, watched)
+                return self._died(watched)
             if (failure := self._silent(watched)) and not self.asked:
                 return failure
             if not is_growing and not self.asked and time.monotonic() > self.grow_at and watched.is_in_loop():
                 is_growing = True
                 self._grow(group)
 
-    def _died(self, bad: list[Ended], watched: "_Watched") -> _Failure:
+    def _died(self, watched: "_Watched") -> _Failure:
         watched.look(self._pulses())
+        time.sleep(SETTLE)
+        bad = [end for end in watched.group.ended() if end.code not in (_exits.DONE, _exits.AGAIN)]
         # A process that was frozen makes the others end by JAX's heartbeat; it is the one to name.
         for member, seconds in watched.silent():
             if seconds > _cluster.HEARTBEAT_SECONDS / 2:
@@ -298,7 +302,8 @@ class _Supervisor:
         """The exit code of a group that ended well, or was asked to stop."""
         codes = {end.code for end in ended}
         if not self.asked and codes == {_exits.DONE}:
-            self._say("done", f"All {len(self.slots)} processes ended well.", attempt=self.attempt)
+            count = len(self.slots)
+            self._say("done", f"All {count} processes ended well." if count > 1 else "The process ended well.")
             return _exits.DONE
         if codes == {_exits.DONE}:  # after Ctrl-C a loop just ends; a signal may also come after the last step
             return _exits.INTERRUPTED if self.asked == signal.SIGINT else _exits.DONE
@@ -308,8 +313,8 @@ class _Supervisor:
 
     def _last_words(self, ended: Ended) -> str:
         run = _launched.told_run(self.place)
-        errors = [event for event in read(run) if event.kind == "error" and event.pid == ended.pid] if run else []
-        return str(errors[-1].more.get("words", "")) if errors else ended.words
+        told = [event for event in read(run) if event.kind in LAST and event.pid == ended.pid] if run else []
+        return str(told[-1].more.get("words", told[-1].text)) if told else ended.words
 
     def _saved(self) -> int | None:
         """The last checkpoint that a process says is complete."""
@@ -369,7 +374,7 @@ class _Watched:
                 self.has_stepped = self.has_stepped or pulse.total > 0
                 self._stepped_at = now
             self._furthest[rank] = pulse.step
-        self._pulses = found
+        self._pulses |= found  # one that is being written just now was read before
 
     def silent(self) -> list[tuple[int, float]]:
         """Ranks of processes that live and are in their loop, with the seconds since they were heard of."""
@@ -397,7 +402,7 @@ class _Watched:
         return pulse.step if pulse and pulse.total else None
 
     def last(self) -> tuple[int, int, int, int | None]:
-        """Rank, place, pid and step of the process that is furthest behind."""
+        """Rank, place, pid and step of the process that is furthest behind, of those that are known."""
         rank = min(self._pulses, key=lambda rank: self._pulses[rank].step)
         member = self.group.members[rank]
         return rank, member.slot, member.pid, self.step_of(rank)

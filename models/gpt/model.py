@@ -1,8 +1,8 @@
 """A decoder-only transformer: GPT-2 and Llama are two settings of it.
 
-Notable: pre-norm blocks in one scanned stack; a mask made of positions and segments, never of array indices, so that
-a sequence may be packed or permuted; the residual stream in the dtype in which parameters are read, statistics and
-softmax in float32; the loss by `jp.cross_entropy`, so that full logits never exist.
+Notable: pre-norm blocks in one scanned stack; attention by `jp.attention`, which goes by positions and segments, never
+by array indices, so that a sequence may be packed, permuted or split; the residual stream in the dtype in which
+parameters are read, statistics and softmax in float32; the loss by `jp.cross_entropy`, so that full logits never exist.
 
 Shapes: B batch, T sequence, D embed_dim, N query heads, K key and value heads, H features of a head, F mlp_dim,
 V vocabulary.
@@ -120,11 +120,7 @@ class Attention(nnx.Module):
         v = self.v(x).reshape(batch, seq, self.cfg.num_kv_heads, -1)
         if self.cfg.positions == "rotary":
             q, k = (rotate(heads, positions, self.cfg.rope_theta) for heads in (q, k))
-        q = jp.constrain(q, "batch", "seq", "heads", None)
-        k, v = (jp.constrain(heads, "batch", None, "kv", None) for heads in (k, v))
-
-        mixed = attend(q, k, v, positions, segments)  # B T N H
-        mixed = jp.constrain(mixed, "batch", "seq", "heads", None)
+        mixed = jp.attention(q, k, v, positions=positions, segments=segments)  # B T N H
         return jp.constrain(self.o(mixed.reshape(batch, seq, -1)), "batch", "seq", "embed")
 
 
@@ -194,41 +190,6 @@ def rotate(heads: jax.Array, positions: jax.Array, theta: float) -> jax.Array:
     sin, cos = jnp.sin(angles), jnp.cos(angles)
     turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return turned.astype(heads.dtype)
-
-
-def attend(q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array, segments: jax.Array) -> jax.Array:
-    """Softmax attention of q [B, T, N, H] over k and v [B, T, K, H]: [B, T, N, H].
-
-    The weights, [B, N, T, T], would outgrow everything else at a few thousand positions. So a long sequence is done
-    `CHUNK` queries at a time, and the backward pass computes each chunk's weights again.
-    """
-
-    def some(queries: tuple[jax.Array, ...]) -> jax.Array:
-        return jax.nn.dot_product_attention(queries[0], k, v, mask=visible(queries[1:], (positions, segments)))
-
-    batch, seq, _, _ = q.shape
-    if seq <= CHUNK or seq % CHUNK:
-        return some((q, positions, segments))
-    chunks = [jnp.moveaxis(x.reshape(batch, seq // CHUNK, CHUNK, *x.shape[2:]), 1, 0) for x in (q, positions, segments)]
-    mixed = jax.lax.map(jax.checkpoint(some), tuple(chunks))  # T/C B C N H
-    return jnp.moveaxis(mixed, 0, 1).reshape(q.shape)
-
-
-def visible(queries: tuple[jax.Array, ...], keys: tuple[jax.Array, ...]) -> jax.Array:
-    """Which keys a query sees, [B, 1, queries, keys]: of its own segment, those at its own position and before.
-
-    Args:
-        queries: Positions and segments of the queries, each [B, queries].
-        keys: Of the keys, each [B, keys].
-    """
-    (at, of), (key_at, key_of) = queries, keys
-    earlier = at[:, :, None] >= key_at[:, None, :]
-    same = of[:, :, None] == key_of[:, None, :]
-    return (earlier & same)[:, None]
-
-
-CHUNK = 1024
-"""Queries whose attention weights are held at a time; a length that is no multiple of it is done at once."""
 
 
 _small = nnx.initializers.normal(0.02)

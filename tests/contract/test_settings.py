@@ -34,11 +34,32 @@ def mesh(**axes):
     return jax.make_mesh(tuple(axes.values()), tuple(axes), axis_types=(AxisType.Auto,) * len(axes))
 
 
-def differs(one, other, factory=params, other_mesh=None, **axes):
+def differs(one, other, factory=params, other_mesh=None, dims=(), **axes):
     """Whether two strategies make different plans."""
-    first = jp.plan(factory, mesh(**axes), [one])
-    second = jp.plan(factory, other_mesh or mesh(**axes), [other])
+    first = jp.plan(factory, mesh(**axes), [one], dims=dims)
+    second = jp.plan(factory, other_mesh or mesh(**axes), [other], dims=dims)
     return bool(first.diff(second))
+
+
+EXPERTS = [("up", ("expert", "embed", "mlp")), ("down", ("expert", "mlp", "embed"))]
+
+
+def experts():
+    return {"up": jnp.ones((8, 4, 16)), "down": jnp.ones((8, 16, 4))}
+
+
+def routed(dispatch):
+    """Choices that are dropped if all tokens prefer one expert."""
+    x = jnp.ones((8, 16, 4))
+    return float(jp.experts(x, jp.route(jnp.zeros((8, 16, 8)), 1), **experts(), dispatch=dispatch)[1].sum())
+
+
+def across(dispatch):
+    """The same, on a mesh."""
+    plan = jp.plan(experts, mesh(expert=8), [jp.EP()], dims=EXPERTS)
+    x = np.ones((8, 16, 4), np.float32)
+    step = plan.jit(lambda params, x: jp.experts(x, jp.route(x @ jnp.ones((4, 8)), 1), **params, dispatch=dispatch)[1])
+    return float(step(plan.init(), plan.batch(x)).sum())
 
 
 def loss(params, x):
@@ -67,6 +88,15 @@ def blocks_plan(**settings):
     return jp.plan(Blocks, mesh(fsdp=8), [jp.FSDP(**settings)])
 
 
+def staged(one, other, axis="pipe"):
+    """Whether the notes of two plans, which say what a stage holds and when it runs what, differ."""
+    make = lambda: jp.Stack(lambda rngs: nnx.Linear(64, 64, rngs=rngs), 8, rngs=nnx.Rngs(0))
+    plans = [
+        jp.plan(make, mesh(**{name: 4, "data": 2}), [jp.DP(), each]) for name, each in (("pipe", one), (axis, other))
+    ]
+    return plans[0].notes != plans[1].notes
+
+
 TP = {"column": ["up"], "row": ["down"]}
 
 STRATEGIES = {
@@ -85,12 +115,24 @@ STRATEGIES = {
     (jp.FSDP, "min_bytes"): lambda: differs(jp.FSDP(), jp.FSDP(min_bytes=20_000), fsdp=8),
     (jp.FSDP, "whole"): lambda: differs(jp.FSDP(), jp.FSDP(whole=["up"]), fsdp=8),
     (jp.FSDP, "reduce"): lambda: differs(jp.FSDP(), jp.FSDP(reduce="step"), fsdp=8),
+    (jp.PP, "axis"): lambda: staged(jp.PP(microbatches=4), jp.PP(axis="stage", microbatches=4), "stage"),
+    (jp.PP, "schedule"): lambda: staged(jp.PP(microbatches=4), jp.PP(schedule="gpipe", microbatches=4)),
+    (jp.PP, "microbatches"): lambda: staged(jp.PP(microbatches=4), jp.PP(microbatches=8)),
+    (jp.PP, "chunks"): lambda: staged(jp.PP(microbatches=4), jp.PP(microbatches=4, chunks=2)),
+    (jp.EP, "axis"): lambda: differs(jp.EP(), jp.EP(axis="e"), experts, other_mesh=mesh(e=8), dims=EXPERTS, expert=8),
+    (jp.Capacity, "factor"): lambda: routed(jp.Capacity(factor=1.0)) > routed(jp.Capacity(factor=2.0)) > 0,
+    (jp.Dropless, "buffer"): lambda: across(jp.Dropless(buffer=1.0)) > across(jp.Dropless()) == 0,
     (jp.TP, "axis"): lambda: differs(jp.TP(**TP), jp.TP(**TP, axis="t"), tensor=8, other_mesh=mesh(t=8)),
     (jp.TP, "column"): lambda: differs(jp.TP(row=["down"]), jp.TP(**TP), tensor=8),
     (jp.TP, "row"): lambda: differs(jp.TP(column=["up"]), jp.TP(**TP), tensor=8),
     (jp.TP, "vocab"): lambda: differs(jp.TP(**TP), jp.TP(**TP, vocab=["embedding"]), tensor=8),
     (jp.TP, "heads"): lambda: differs(jp.TP(**TP), jp.TP(**TP, heads={"up": 4}), tensor=8),
     (jp.TP, "sequence"): lambda: differs(jp.TP(**TP), jp.TP(**TP, sequence=True), tensor=8),
+    (jp.CP, "axis"): lambda: differs(jp.CP(), jp.CP(axis="seq"), context=8, other_mesh=mesh(seq=8)),
+    (jp.CP, "method"): lambda: differs(jp.CP(), jp.CP(method="ring"), context=8),
+    (jp.CP, "balance"): lambda: differs(jp.CP(), jp.CP(balance="none"), context=8),
+    (jp.CP, "heads"): lambda: differs(jp.CP(method="hybrid", heads=2), jp.CP(method="hybrid", heads=4), context=8),
+    (jp.CP, "whole"): lambda: differs(jp.CP(), jp.CP(whole=["image"]), context=8),
 }
 
 
@@ -241,6 +283,17 @@ def weighted_sum(accumulate):
     return jp.value_and_grad(mean, accumulate=accumulate, weight=weigh)(params(), X)[0]
 
 
+def attends_otherwise(**options):
+    q = jax.random.normal(jax.random.key(0), (1, 4, 2, 8))
+    default, changed = (jax.jit(lambda q, of=of: jp.attention(q, q, q, **of))(q) for of in ({}, options))
+    return not np.array_equal(default, changed)
+
+
+def attends_by(kernel):
+    q = jnp.ones((1, 4, 2, 8))
+    return "custom_vjp" not in str(jax.make_jaxpr(lambda q: jp.attention(q, q, q, kernel=kernel))(q))
+
+
 OPTIONS = {
     (jp.plan, "optimizer"): lambda: plan_with(optimizer=optax.adam(1e-3)).totals().optimizer is not None,
     (jp.plan, "trainable"): lambda: plan_with(trainable=["up"]).records["down"].slot == "frozen",
@@ -257,6 +310,12 @@ OPTIONS = {
     (jp.value_and_grad, "accumulate"): lambda: "replica" in noted(accumulate=2)[0],
     (jp.value_and_grad, "has_aux"): returns_aux,
     (jp.value_and_grad, "weight"): lambda: np.isclose(weighted_sum(1), weighted_sum(4)),
+    (jp.attention, "positions"): lambda: attends_otherwise(positions=jnp.array([[3, 2, 1, 0]])),
+    (jp.attention, "segments"): lambda: attends_otherwise(segments=jnp.array([[0, 0, 1, 1]])),
+    (jp.attention, "causal"): lambda: attends_otherwise(causal=False),
+    (jp.attention, "window"): lambda: attends_otherwise(window=2),
+    (jp.attention, "scale"): lambda: attends_otherwise(scale=1.0),
+    (jp.attention, "kernel"): lambda: attends_by("xla") and not attends_by("blockwise"),
     (jp.value_and_grad, "separable"): lambda: "whole" in noted(accumulate=2, separable=False)[0],
 }
 
@@ -266,12 +325,15 @@ EFFECTS = STRATEGIES | PRECISION | RECIPE | OPTIONS
 def test_every_setting_has_an_entry():
     settings = {
         (kind, field.name)
-        for kind in (jp.DP, jp.ZeRO, jp.FSDP, jp.TP, jp.Precision, jp.Recipe)
+        for kind in (
+            *(jp.DP, jp.ZeRO, jp.FSDP, jp.PP, jp.TP, jp.CP, jp.EP),
+            *(jp.Capacity, jp.Dropless, jp.Precision, jp.Recipe),
+        )
         for field in dataclasses.fields(kind)
     }
     settings |= {
         (function, parameter.name)
-        for function in (jp.plan, jp.BoundPlan.jit, jp.Recipe.reduced, jp.value_and_grad)
+        for function in (jp.plan, jp.BoundPlan.jit, jp.Recipe.reduced, jp.value_and_grad, jp.attention)
         for parameter in inspect.signature(function).parameters.values()
         if parameter.kind == inspect.Parameter.KEYWORD_ONLY
     }

@@ -9,8 +9,8 @@ import pytest
 from flax import nnx
 
 from models import gpt
-from models.gpt import GPT, config, generate, model as modelling
-from models.gpt.model import Attention, Block, Norm, attend, rotate, visible
+from models.gpt import GPT, config, generate
+from models.gpt.model import Attention, Block, Norm, rotate
 
 GPT2 = dataclasses.replace(config.TINY, positions="learned", norm="layer", mlp="gelu", bias=True, num_kv_heads=4)
 LLAMA = config.TINY
@@ -199,30 +199,6 @@ def test_shared_heads_are_repeated_heads():
     positions = jnp.broadcast_to(jnp.arange(T), (B, T))
     args = (x, positions, jnp.zeros_like(positions))
     np.testing.assert_allclose(few(*args), many(*args), atol=1e-6)
-
-
-def test_attention_in_chunks_is_whole_attention(monkeypatch):
-    """Outputs and gradients, over packed segments and shared heads."""
-    q, k, v = (jax.random.normal(jax.random.key(at), (B, T, heads, 8)) for at, heads in enumerate((4, 2, 2)))
-    positions = jnp.asarray([[*range(4), *range(6)]] * B)
-    segments = jnp.asarray([[0] * 4 + [1] * 6] * B)
-
-    def run():
-        total = lambda q, k, v: (attend(q, k, v, positions, segments) ** 2).sum()
-        return jax.jit(jax.value_and_grad(total, argnums=(0, 1, 2)))(q, k, v)
-
-    with jax.default_matmul_precision("highest"):
-        whole = run()
-        monkeypatch.setattr(modelling, "CHUNK", 5)
-        chunked = run()
-        assert "scan" in str(jax.make_jaxpr(attend)(q, k, v, positions, segments))
-    jax.tree.map(ft.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), chunked, whole)
-
-
-def test_visible():
-    positions, segments = jnp.array([[0, 1, 0, 1]]), jnp.array([[0, 0, 1, 1]])
-    expected = [[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]]
-    np.testing.assert_array_equal(visible((positions, segments), (positions, segments))[0, 0].astype(int), expected)
 
 
 @families
