@@ -110,7 +110,7 @@ def test_splash_is_attention(method, mask, monkeypatch):
 
 @pytest.mark.parametrize("change", ["reversed", "a segment that goes on later"])
 def test_splash_says_what_it_does_not_know(change):
-    """Positions that are not those of the array, or segments that are not in one piece: NaN; padding may be anything."""
+    """Positions that are not places, or segments in several pieces; padding may be anything."""
     ordered = _blockwise.Marks(jnp.array([[0, 1, 2, 0, 1, 0, 0]]), jnp.array([[1, 1, 1, 2, 2, 0, 0]]))
     assert _kernels._in_order(ordered).all()
     marks = {
