@@ -16,7 +16,7 @@ TPU := $(if $(filter Linux,$(shell uname -s)),$(comma)tpu)  # its compiler exist
 DEV := dev$(strip $(TPU))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check notebooks matrix benchmarks clean
+.PHONY: help demo test check notebooks matrix chaos benchmarks clean
 
 help:
 	@sed -n '1,4s/^# //p' Makefile
@@ -41,6 +41,11 @@ notebooks: .venv/installed-dev
 # parts, by model: ARGS="-k gpt", or unrolled, stack, mlp, pytree. `make test` runs a covering array of it.
 matrix: .venv/installed-dev
 	$(BIN)/python -m pytest -n 2 -m matrix $(ARGS)
+
+# Runs of two processes killed 50 times each, and one that shrinks to three processes and grows again; every figure is
+# printed. A quarter of an hour on two cores; JAXPAR_KILLS=10 for fewer.
+chaos: .venv/installed-dev
+	$(BIN)/python -m pytest -m chaos -s $(ARGS) tests/chaos
 
 benchmarks: .venv/installed-dev
 	@for file in $(wildcard tests/benchmarks/*.py); do echo "== $$file"; $(BIN)/python $$file || exit 1; done

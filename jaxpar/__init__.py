@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from ._attention import attention as attention
     from ._bound import BoundPlan as BoundPlan, plan as plan
     from ._cache import compilation_cache as compilation_cache
+    from ._cluster import initialize as initialize
     from ._constrain import constrain as constrain
     from ._dropout import dropout as dropout
     from ._errors import (
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
         ShardingError as ShardingError,
         StepError as StepError,
     )
+    from ._experts import Capacity as Capacity, Dropless as Dropless, experts as experts
     from ._grad import value_and_grad as value_and_grad
     from ._mesh import mesh as mesh, simulate as simulate
     from ._options import compiler_options as compiler_options
@@ -27,14 +29,15 @@ if TYPE_CHECKING:
     from ._planned import gather as gather
     from ._precision import Precision as Precision
     from ._recipe import Program as Program, Recipe as Recipe
+    from ._route import Routing as Routing, balance as balance, route as route, route_by_expert as route_by_expert
     from ._stack import Stack as Stack, remat as remat
     from ._verify import verify as verify
     from ._vocab import cross_entropy as cross_entropy, embed as embed
     from .compare import compare as compare
     from .explain import explain as explain
-    from .parallel import CP as CP, DP as DP, FSDP as FSDP, TP as TP, ZeRO as ZeRO
+    from .parallel import CP as CP, DP as DP, EP as EP, FSDP as FSDP, PP as PP, TP as TP, ZeRO as ZeRO
     from .pipeline import Schedule as Schedule, schedule as schedule
-    from .run import Run as Run, fit as fit
+    from .run import Run as Run, fit as fit, status as status
 
 __version__ = "0.1.0"
 
@@ -42,9 +45,11 @@ _HOME = {
     "_attention": ("attention",),
     "_bound": ("BoundPlan", "plan"),
     "_cache": ("compilation_cache",),
+    "_cluster": ("initialize",),
     "_constrain": ("constrain",),
     "_dropout": ("dropout",),
     "_errors": ("CheckpointError", "DataError", "MeshError", "ShardingError", "StepError"),
+    "_experts": ("Capacity", "Dropless", "experts"),
     "_grad": ("value_and_grad",),
     "_mesh": ("mesh", "simulate"),
     "_options": ("compiler_options",),
@@ -52,12 +57,13 @@ _HOME = {
     "_planned": ("gather",),
     "_precision": ("Precision",),
     "_recipe": ("Program", "Recipe"),
+    "_route": ("Routing", "balance", "route", "route_by_expert"),
     "_stack": ("Stack", "remat"),
     "_verify": ("verify",),
     "_vocab": ("cross_entropy", "embed"),
-    "parallel": ("CP", "DP", "FSDP", "TP", "ZeRO"),
+    "parallel": ("CP", "DP", "EP", "FSDP", "PP", "TP", "ZeRO"),
     "pipeline": ("Schedule", "schedule"),
-    "run": ("Run", "fit"),
+    "run": ("Run", "fit", "status"),
 }
 _MODULES = ("checkpoint", "compare", "data", "explain", "testing")  # `compare` and `explain` can be called
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}

@@ -86,7 +86,13 @@ def attention(
         name=kernel,
     )
     split = None if region is None else region.plan.context
-    chosen = _kernels.choose(asked, q, mesh=None if region is None else region.mesh, split=split)
+    chosen = _kernels.choose(
+        asked,
+        q,
+        mesh=None if region is None else region.plan.mesh,
+        split=split,
+        inside=region is not None and region.manual,
+    )
     if isinstance(region, Traced) and chosen.words not in region.attends:
         region.attends.add(chosen.words)
         region.notes.append(chosen.words)

@@ -19,6 +19,9 @@ from ._errors import ShardingError, listed, nearest
 from ._rules import LAYERS, fold_layers
 from ._types import Factory, PyTree
 
+Cut = Callable[[Any, str], None]
+"""Lays a stack, at a path, out for the stages of a pipeline."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Birth:
@@ -30,7 +33,7 @@ class Birth:
         names: Logical dims of leaves whose model gives them, without that of stacked layers.
         owners: Type name of the object that holds each leaf as an attribute.
         aliases: What patterns see of paths that end in a Linen box's own `value`.
-        layers: Paths whose first dim stacks equal blocks.
+        layers: How many of the first dims stack equal blocks, by path, where any does.
         remat: Paths of stacked blocks that are computed again in the backward pass.
         make: Makes the leaves; to be traced.
         build: Puts leaves together into the user's own kind of object.
@@ -41,14 +44,18 @@ class Birth:
     names: dict[str, tuple[str | None, ...]]
     owners: dict[str, str]
     aliases: dict[str, str]
-    layers: frozenset[str]
+    layers: dict[str, int]
     remat: frozenset[str]
     make: Callable[[], dict[str, Any]]
     build: Callable[[Mapping[str, Any]], PyTree]
 
 
-def conceive(factory: Factory, *, blocks: Mapping[str, str | None], param_dtype: str | None = None) -> Birth:
+def conceive(
+    factory: Factory, *, blocks: Mapping[str, str | None], param_dtype: str | None = None, cut: Cut | None = None
+) -> Birth:
     """Trace `factory`, with the lists of blocks that match the patterns in `blocks` (to remat policies) stacked.
+
+    `cut` is called with each stack and its path.
 
     Raises:
         ShardingError: The factory is not callable or makes no array; a pattern of blocks matches no list of blocks.
@@ -61,6 +68,8 @@ def conceive(factory: Factory, *, blocks: Mapping[str, str | None], param_dtype:
             tree = factory()
             for pattern, policy in blocks.items():
                 _stack_blocks(tree, pattern, policy)
+            if cut is not None:
+                _cut_stacks(tree, cut)
             flat = _tree.flatten(tree)
             seen.update(flat=flat, told=_told(tree, flat.leaves))
         slots = _slots(flat)
@@ -91,7 +100,7 @@ def conceive(factory: Factory, *, blocks: Mapping[str, str | None], param_dtype:
         names=told.names,
         owners=told.owners,
         aliases=told.aliases,
-        layers=frozenset(told.layers),
+        layers=told.layers,
         remat=frozenset(told.remat),
         make=make,
         build=flat.build,
@@ -152,7 +161,7 @@ class _Told:
     names: dict[str, tuple[str | None, ...]] = dataclasses.field(default_factory=dict)
     owners: dict[str, str] = dataclasses.field(default_factory=dict)
     aliases: dict[str, str] = dataclasses.field(default_factory=dict)
-    layers: set[str] = dataclasses.field(default_factory=set)
+    layers: dict[str, int] = dataclasses.field(default_factory=dict)
     remat: set[str] = dataclasses.field(default_factory=set)
 
 
@@ -165,12 +174,12 @@ def _told(tree: PyTree, leaves: Mapping[str, Any]) -> _Told:
     stacked: dict[str, int] = {}
     for path, names in told.names.items():
         if names[0] in LAYERS:
-            told.layers.add(path)
+            told.layers.setdefault(path, 1)
             told.names[path] = names[1:]
             stacked[_module(path, told)] = leaves[path].shape[0]
     for path, leaf in leaves.items():  # a module is stacked as a whole: a bias without names is too
         if leaf.shape and stacked.get(_module(path, told)) == leaf.shape[0]:
-            told.layers.add(path)
+            told.layers.setdefault(path, 1)
     return told
 
 
@@ -198,7 +207,7 @@ def _ask_graph(tree: PyTree, told: _Told) -> None:
             told.names[path] = tuple(name if isinstance(name, str) else None for name in names)
         stack = next((stacks[at] for at in _holders(path) if at in stacks), None)
         if stack is not None and path not in shared:
-            told.layers.add(path)
+            told.layers[path] = stack.layer_dims
             if stack.remat != "none":
                 told.remat.add(path)
 
@@ -243,6 +252,18 @@ def _item(tree: PyTree, keys: tuple[Any, ...]) -> Any:
         else:
             return None
     return tree
+
+
+def _cut_stacks(tree: PyTree, cut: Cut) -> None:
+    if not _tree.is_graph(tree):
+        return
+    from flax import nnx
+
+    from ._stack import Stacked
+
+    for keys, node in list(nnx.iter_graph(tree)):
+        if isinstance(node, Stacked):
+            cut(node, _tree.path_of(keys))
 
 
 def _stack_blocks(tree: PyTree, pattern: str, policy: str | None) -> None:

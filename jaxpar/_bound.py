@@ -22,7 +22,7 @@ from ._slots import Matcher, slot_record, unmatched_note
 from ._step import StepFunction
 from ._strategy import Strategy, check_types, resolve
 from ._types import AnyMesh, Axes, Factory, PyTree
-from .parallel import FSDP
+from .parallel import FSDP, PP
 
 logger = logging.getLogger("jaxpar")
 
@@ -69,7 +69,9 @@ def plan(
     sizes = axis_sizes(mesh)
     rules = _rules.as_rules(dims)
     blocks = {each.blocks: each.remat for each in strategies if isinstance(each, FSDP) and each.blocks is not None}
-    birth = _birth.conceive(factory, blocks=blocks, param_dtype=precision.param)
+    pipeline = next((each for each in strategies if isinstance(each, PP) and sizes.get(each.axis, 1) > 1), None)
+    cut = None if pipeline is None else ft.partial(_cut, pipeline, sizes)
+    birth = _birth.conceive(factory, blocks=blocks, param_dtype=precision.param, cut=cut)
     is_trained = _rules.predicate(trainable)
     leaves = {path: _leaf(path, birth, is_trained) for path, slot in birth.slots.items() if slot == "parameter"}
     draft = _rules.Draft(sizes=sizes, leaves=leaves)
@@ -431,6 +433,12 @@ class BoundPlan(Plan):
                 "drawn and compared; to run it, make the mesh from attached devices or from jp.simulate(n)."
             )
 
+    @property
+    def schedule(self) -> Any:
+        """The schedule of the pipeline; only if there is one."""
+        pipeline = self.strategy(PP)
+        return pipeline.schedule_for(self.axes[pipeline.axis])
+
     def strategy(self, kind: type) -> Any:
         """The strategy of a type that is active here, or `None`."""
         inactive = {label for label, _ in self.inactive}
@@ -459,6 +467,13 @@ def _is_optimizer(kind: type) -> bool:
     return issubclass(kind, nnx.OptState)
 
 
+def _cut(pipeline: PP, sizes: dict[str, int], stack: Any, path: str) -> None:
+    """Lay a stack out for the stages of a pipeline."""
+    pipeline.check_layers(stack.num, sizes[pipeline.axis], path)
+    if pipeline.num_chunks > 1:
+        stack.cut(pipeline.num_chunks)
+
+
 def _leaf(path: str, birth: Birth, is_trained: _rules.Predicate) -> _rules.Leaf:
     shape = birth.shapes[path]
     alias = birth.aliases.get(path, path)
@@ -467,7 +482,7 @@ def _leaf(path: str, birth: Birth, is_trained: _rules.Predicate) -> _rules.Leaf:
         shape=shape.shape,
         itemsize=shape.dtype.itemsize,
         alias=alias,
-        layers=int(path in birth.layers),
+        layers=birth.layers.get(path, 0),
         names=birth.names.get(path),
         owner=birth.owners.get(path, ""),
         trainable=is_trained(alias),

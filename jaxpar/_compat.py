@@ -13,3 +13,13 @@ def scan_counts(params: Mapping[str, Any]) -> tuple[int, int]:
         return params["num_consts"], params["num_carry"]
     consts, carry, _ = params["ft_in"].unpack()
     return len(list(consts.vals)), len(list(carry.vals))
+
+
+def coordination_client() -> Any:
+    """The client of the service by which the processes of a run know one another, or `None`.
+
+    JAX has no public name for it, only for what is built on it. It goes when there is one.
+    """
+    from jax._src import distributed
+
+    return distributed.global_state.client

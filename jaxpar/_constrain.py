@@ -9,15 +9,14 @@ import math
 from collections.abc import Sequence
 
 import jax
-from jax import lax
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import PartitionSpec
 
 from . import _context
 from ._errors import ShardingError, nearest
 from ._planned import Traced
 from ._types import Axes
 
-DIMS = ("batch", "seq", "embed", "mlp", "heads", "kv", "vocab")
+DIMS = ("batch", "seq", "embed", "mlp", "heads", "kv", "vocab", "expert")
 """Logical dims of activations that every plan knows, whether it splits them or not."""
 
 
@@ -32,7 +31,7 @@ def constrain(x: jax.Array, *dims: str | None) -> jax.Array:
     Args:
         x: Global shape; inside `vmap` over replicas, the shape of one replica's part.
         dims: One for each dim of `x`: a logical dim (`"batch"`, `"seq"`, `"embed"`, `"mlp"`, `"heads"`, `"kv"`,
-            `"vocab"`, or one that the plan adds), or `None` to leave this dim to the compiler.
+            `"vocab"`, `"expert"`, or one that the plan adds), or `None` to leave this dim to the compiler.
 
     Returns:
         `x`, unchanged in value.
@@ -54,7 +53,7 @@ def constrain(x: jax.Array, *dims: str | None) -> jax.Array:
         return x
     axes = layout(region, "constrain", dims, x.shape)
     entries = [PartitionSpec.UNCONSTRAINED if dim is None else at or None for dim, at in zip(dims, axes, strict=True)]
-    return lax.with_sharding_constraint(x, NamedSharding(region.mesh, PartitionSpec(*entries)))
+    return region.constrain(x, PartitionSpec(*entries))
 
 
 def layout(region: _context.Region, caller: str, dims: Sequence[str | None], shape: Sequence[int]) -> tuple[Axes, ...]:

@@ -25,23 +25,29 @@ class Region:
 
     Attributes:
         plan: The plan in force.
-        replicas: Axes over which the model is being mapped by `vmap` right now (accumulation): inside, they do not
-            exist, and no spec may name them.
+        replicas: Axes over which the model is being mapped by `vmap` right now (accumulation), or that are manual here
+            (a stage of a pipeline): inside, they do not exist, and no spec may name them.
+        manual: Whether this is within a manual region over `replicas`.
     """
 
     plan: Any
     replicas: Axes = ()
+    manual: bool = False
 
     def __hash__(self) -> int:
-        return hash((id(self.plan), self.replicas))
+        return hash((id(self.plan), self.replicas, self.manual))
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Region) and self.plan is other.plan and self.replicas == other.replicas
+        return isinstance(other, Region) and self.plan is other.plan and self._here == other._here
+
+    @property
+    def _here(self) -> tuple[Axes, bool]:
+        return self.replicas, self.manual
 
     @property
     def mesh(self) -> Any:
         """The mesh, as specs are resolved on it."""
-        return self.plan.mesh
+        return jax.sharding.get_abstract_mesh() if self.manual else self.plan.mesh
 
     @property
     def batch_axes(self) -> Axes:
@@ -64,6 +70,12 @@ class Region:
     def sharding(self, spec: PartitionSpec) -> NamedSharding:
         """`spec` on this region's mesh."""
         return NamedSharding(self.mesh, self.without_replicas(spec))
+
+    def constrain(self, x: jax.Array, spec: PartitionSpec) -> jax.Array:
+        """`x` laid out as `spec` says, which names none of `replicas`; as it is, where every axis is manual."""
+        if self.manual and set(self.plan.axes) <= set(self.replicas):
+            return x
+        return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, spec))
 
 
 def drop_axes(spec: PartitionSpec, axes: Axes) -> PartitionSpec:

@@ -97,7 +97,7 @@ def attached(hardware: Hardware | None, *, allow_unused: bool) -> list[Device] |
         MeshError: This process is one of several and does not know the others yet, or JAX runs on other devices than
             the CPU devices asked for.
     """
-    if hardware is not None and hardware.kind != "cpu" and _only_cpu():
+    if hardware is not None and hardware.kind != "cpu" and only_cpu():
         return None
     check_cluster()
     if hardware is None:
@@ -125,7 +125,7 @@ def check_cluster() -> None:
     if (found := cluster()) and not jax.distributed.is_initialized():
         raise MeshError(
             f"This process is one of several ({found}), and would see only its own devices. Call "
-            "jax.distributed.initialize() before anything touches a device. A process that is meant to work alone says "
+            "jp.initialize() before anything touches a device. A process that is meant to work alone says "
             "so: jp.mesh(devices=jax.local_devices(), ...)."
         )
 
@@ -140,7 +140,7 @@ def cluster() -> str:
     in_step = all(name in env for name in ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_PROCID", "SLURM_LOCALID"))
     counts = ["SLURM_NTASKS"] if in_step else []
     counts += ["OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "JAX_NUM_PROCESSES"]
-    counts += [] if _only_cpu() else ["MEGASCALE_NUM_SLICES"]
+    counts += [] if only_cpu() else ["MEGASCALE_NUM_SLICES"]
     for name in counts:
         if _number(env, name) > 1:
             return f"{name}={env[name]}"
@@ -148,7 +148,7 @@ def cluster() -> str:
         return f"JAX_COORDINATOR_ADDRESS={env['JAX_COORDINATOR_ADDRESS']}"
     if _number(env, "JOB_COMPLETION_INDEX") > 0:
         return f"JOB_COMPLETION_INDEX={env['JOB_COMPLETION_INDEX']}"
-    for name in () if _only_cpu() else ("TPU_PROCESS_ADDRESSES", "TPU_WORKER_HOSTNAMES"):
+    for name in () if only_cpu() else ("TPU_PROCESS_ADDRESSES", "TPU_WORKER_HOSTNAMES"):
         hosts = env.get(name, "").split(",")
         # Without a TPU, libtpu leaves a sentence with a comma in the variable.
         if len(hosts) > 1 and all(re.fullmatch(r"[\w.:\[\]-]+", host.strip()) for host in hosts):
@@ -161,7 +161,7 @@ def _number(env: Mapping[str, str], name: str) -> int:
     return int(value) if value.isdigit() else 0
 
 
-def _only_cpu() -> bool:
+def only_cpu() -> bool:
     """Whether JAX was told to use nothing but the CPU: on a TPU host, say, but not on its TPUs."""
     return jax.config.jax_platforms == "cpu"  # pyright: ignore[reportAttributeAccessIssue] (JAX adds options at run time)
 

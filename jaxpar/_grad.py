@@ -8,6 +8,7 @@ How gradients are accumulated is the *form*, chosen here and said in the step's 
     sharded   only axes that shard the parameters split the batch: the accumulator is sharded, one reduce-scatter a
               microbatch
     manual    losses that cannot be mapped (convolutions, ragged_dot) on a mesh of replicas alone: a manual region
+    pipeline  a plan with stages (`jp.PP`): the schedule's microbatches pass through them (`_pipelined`)
     whole     losses that see the whole batch (batch statistics, dropout without sample ids, `separable=False`), and
               unmappable ones on other meshes: one reduction a microbatch, in the compiler's hands, with the reason
 """
@@ -27,10 +28,11 @@ from . import _context, _traits, _tree
 from ._calls import bare_variables
 from ._context import Region, as_spec, axes_at, drop_axes
 from ._errors import StepError
+from ._pipelined import Pipelined, pipelined
 from ._planned import Traced, gather_others, gathered_by, plan_read, unplan
 from ._reduce import reduce_once
 from ._types import Axes, PyTree
-from .parallel import DP
+from .parallel import DP, PP
 
 logger = logging.getLogger("jaxpar")
 
@@ -289,18 +291,22 @@ class _Job:
         self, params: Any, state: Any, batch: Any
     ) -> tuple[Any, Any, Any, dict[str, jax.Array], list[Any]]:
         """`(sum, weight, weighted aux, gradients of the sum, state after)` of one microbatch."""
-        rows = _rows(batch)
 
         def weighted(params: dict[str, jax.Array]) -> Any:
-            total, weight, aux, after = self.run(params, state, batch)
-            if weight is None:
-                total, weight = total * rows, _as_weight(rows, total)
-            _check_aux(aux)
-            scaled = jax.tree.map(lambda each: jnp.asarray(each, weight.dtype) * weight, aux)
-            return total, (total.astype(_wide(total.dtype)), weight, scaled, after)
+            total, weight, aux, after = self.summed(params, state, batch)
+            return total, (total.astype(_wide(total.dtype)), weight, aux, after)
 
         (_, (total, weight, aux, after)), gradients = jax.value_and_grad(weighted, has_aux=True)(params)
         return total, weight, aux, gradients, after
+
+    def summed(self, params: dict[str, jax.Array], state: Any, batch: Any) -> tuple[Any, Any, Any, list[Any]]:
+        """`(sum, weight, weighted aux, state after)` of one microbatch."""
+        total, weight, aux, after = self.run(params, state, batch)
+        if weight is None:
+            rows = _rows(batch)
+            total, weight = total * rows, _as_weight(rows, total)
+        _check_aux(aux)
+        return total, weight, jax.tree.map(lambda each: jnp.asarray(each, weight.dtype) * weight, aux), after
 
 
 _TINY = 1e-30  # a batch that counts for nothing gives 0, not NaN
@@ -317,13 +323,16 @@ def _differentiate(job: _Job, batch: PyTree, separable: bool) -> tuple[Any, Any,
     region = _context.current()
     form = _form(job, batch, region, separable)
     if isinstance(region, Traced) and form.name != "direct":
-        region.notes.append(f"accumulation over {job.accumulate} microbatches: {form.name}, {form.why}")
+        what = "gradients" if form.name == "pipeline" else f"accumulation over {job.accumulate} microbatches"
+        region.notes.append(f"{what}: {form.name}, {form.why}")
     if form.name == "direct":
         return job.gradients_of_mean(job.subject.params, job.subject.state, batch)
     if region is None or form.name == "whole":
         if region is not None and job.accumulate > 1 and region.plan.num_batch_shards > 1:
             _warn(region, f"gradients are reduced {job.accumulate} times a step: {form.why}.")
         total, weight, aux, gradients, state = _scan(job, _contiguous(batch, job.accumulate, region), region)
+    elif form.name == "pipeline":
+        total, weight, aux, gradients, state = _pipeline(job, batch, region)
     elif form.name == "sharded":
         total, weight, aux, gradients, state = _scan(job, _interleaved(batch, job, (), region), region)
     elif form.name == "manual":
@@ -351,6 +360,8 @@ def _form(job: _Job, batch: PyTree, region: Region | None, separable: bool) -> _
     if region is None or region.replicas:
         return _Form("direct" if job.accumulate == 1 else "whole", (), "no plan")
     plan = region.plan
+    if plan.stage_axis is not None:
+        return _pipeline_form(job, batch, plan, separable)
     strategy = plan.strategy(DP)
     hook = strategy is not None and (strategy.reduce is not None or strategy.reduce_dtype is not None)
     mixed = plan.precision.reduce is not None and plan.precision.reduce != plan.precision.compute
@@ -380,6 +391,124 @@ def _form(job: _Job, batch: PyTree, region: Region | None, separable: bool) -> _
         return _refuse_hook(hook, job, why)
     return _Form(
         "manual", replicas, f"one reduction a step over {'+'.join(replicas)}; {traits.unmappable} cannot be mapped"
+    )
+
+
+def fits_microbatches(plan: Any, batch: PyTree) -> bool:
+    """Whether the pipeline of `plan` can split `batch`."""
+    return _rows(batch) % (plan.num_batch_shards * plan.schedule.microbatches) == 0
+
+
+def check_microbatches(plan: Any, rows: int, accumulate: int = 1) -> None:
+    """Raise `StepError` unless the pipeline of `plan` can split a batch of `rows`."""
+    pipeline, schedule = plan.strategy(PP), plan.schedule
+    parts = plan.num_batch_shards
+    unit = parts * schedule.microbatches
+    if accumulate > 1:
+        raise StepError(
+            f"accumulate={accumulate} beside {pipeline.label}: a pipeline accumulates over its microbatches, "
+            f"{schedule.microbatches} here. Leave accumulate out, or use PP(microbatches="
+            f"{schedule.microbatches * accumulate})."
+        )
+    if rows % unit:
+        below = rows // unit * unit
+        fits = [m for m in range(1, rows // parts + 1) if rows % (parts * m) == 0]
+        more = [m for m in fits if m > schedule.microbatches]
+        near = [m for m in fits if m not in more][-1:] + more[:1]
+        over = f" over {parts} devices that split it" if parts > 1 else ""
+        instead = f", or {' or '.join(map(str, near))} microbatches" if near else ""
+        raise StepError(
+            f"a batch of {rows} rows does not divide into {schedule.microbatches} microbatches ({pipeline.label})"
+            f"{over}. Use a batch of {f'{below} or ' if below else ''}{below + unit}{instead}."
+        )
+
+
+def _pipeline_form(job: _Job, batch: PyTree, plan: Any, separable: bool) -> _Form:
+    pipeline, schedule = plan.strategy(PP), plan.schedule
+    check_microbatches(plan, _rows(batch), job.accumulate)
+    traits = _traits_of(dataclasses.replace(job, accumulate=schedule.microbatches), batch)
+    reasons = [
+        (not separable, "the loss says it is not separable"),
+        (traits.changes_state, "the loss changes the model's state (batch statistics, or nnx random-number counters)"),
+        (traits.repeats_random, "it draws random numbers that do not depend on the sample (jp.dropout with ids does)"),
+    ]
+    blocked = [why for applies, why in reasons if applies]
+    if blocked:
+        raise StepError(
+            f"{pipeline.label} needs a loss that is a sum over examples, for it passes {schedule.microbatches} "
+            f"microbatches through its stages, but {blocked[0]}. Change that, or plan this step without PP."
+        )
+    once = f"; one reduction a step over {'+'.join(plan.replicas)}" if plan.replicas else ""
+    return _Form("pipeline", plan.replicas, schedule.title + once)
+
+
+def _pipeline(job: _Job, batch: PyTree, region: Region) -> Any:
+    """The schedule's microbatches through the stages, then one reduction over replicas."""
+    plan, replicas, params = region.plan, region.plan.replicas, job.subject.params
+    run, micro = _in_stages(job, batch, region)
+    (total, (weight, aux)), gradients = run.gradients(micro)
+    sums = (total, weight, aux)
+    if not replicas:
+        sums, gradients = jax.tree.map(lambda leaf: leaf[0], (sums, gradients))
+    else:
+        targets = {path: _update_spec(plan, path, leaf) for path, leaf in params.items()}
+        gradients, sums = _reduced(plan, gradients, sums, targets, replicas)
+    return (*sums, gradients, job.subject.state)
+
+
+def evaluate(
+    loss: Loss, model: PyTree, batch: PyTree, *, has_aux: bool, weight: Callable[[Any], Any] | None
+) -> Differentiated:
+    """The mean loss of a batch under a plan with a pipeline: the forward passes of its schedule, no gradients.
+
+    The microbatches must divide the batch: `fits_microbatches`.
+    """
+    region = _context.current()
+    assert region is not None
+    run, micro = _in_stages(_Job(loss, _graph_subject(model), 1, has_aux, weight, ()), batch, region)
+    total, (total_weight, aux) = jax.tree.map(lambda leaf: leaf.sum(0), run.sums(micro))
+    divisor = jnp.maximum(total_weight, _TINY)
+    aux = jax.tree.map(lambda each: each / divisor, aux)
+    return Differentiated(value=total / divisor.astype(total.dtype), weight=total_weight, aux=aux, gradients=None)
+
+
+def _in_stages(job: _Job, batch: PyTree, region: Region) -> tuple[Pipelined, PyTree]:
+    """A loss cut into stages, and its batch into microbatches: `[microbatches, replicas, rows, ...]`."""
+    replicas = region.plan.replicas
+    job = dataclasses.replace(job, accumulate=region.plan.schedule.microbatches)
+    micro = _in_microbatches(job, batch, replicas, region)
+
+    def loss(params: dict[str, jax.Array], batch: PyTree) -> Any:
+        total, weight, aux, _ = job.summed(params, job.subject.state, batch)
+        return total, (weight, aux)
+
+    one = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[2:], leaf.dtype), micro)
+    return pipelined(loss, job.subject.params, one, region, replicas), micro
+
+
+def _in_microbatches(job: _Job, batch: PyTree, replicas: Axes, region: Region) -> PyTree:
+    """`[microbatches, replicas, rows, ...]`, one replica if there are none; scalars are the same everywhere."""
+    count = math.prod(region.plan.axes[axis] for axis in replicas)
+
+    def one(leaf: jax.Array, split: jax.Array) -> jax.Array:
+        if not jnp.ndim(leaf):
+            return jnp.broadcast_to(jnp.asarray(leaf), (job.accumulate, count))
+        return split if replicas else split[:, None]
+
+    return jax.tree.map(one, batch, _interleaved(batch, job, replicas, region))
+
+
+def _reduced(plan: Any, gradients: dict[str, jax.Array], sums: Any, targets: Any, replicas: Axes) -> Any:
+    strategy = plan.strategy(DP)
+    dtype = plan.precision.reduce if strategy is None or strategy.reduce_dtype is None else strategy.reduce_dtype
+    return reduce_once(
+        gradients,
+        targets,
+        sums,
+        replicas=replicas,
+        plan=plan,
+        hook=None if strategy is None else strategy.reduce,
+        dtype=dtype,
     )
 
 
@@ -480,17 +609,7 @@ def _replicated(job: _Job, batch: PyTree, replicas: Axes, region: Region) -> Any
         (sums, gradients), _ = body(carry, jnp.int32(0))
     else:
         (sums, gradients), _ = jax.lax.scan(body, carry, jnp.arange(job.accumulate), length=job.accumulate)
-    strategy = plan.strategy(DP)
-    dtype = plan.precision.reduce if strategy is None or strategy.reduce_dtype is None else strategy.reduce_dtype
-    gradients, sums = reduce_once(
-        gradients,
-        targets,
-        sums,
-        replicas=replicas,
-        plan=plan,
-        hook=None if strategy is None else strategy.reduce,
-        dtype=dtype,
-    )
+    gradients, sums = _reduced(plan, gradients, sums, targets, replicas)
     return (*sums, gradients, job.subject.state)
 
 

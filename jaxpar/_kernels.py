@@ -125,8 +125,8 @@ class Chosen:
         return jnp.moveaxis(out, 1, 2).reshape(heads.q.shape)
 
 
-def choose(asked: Asked, q: AnyArray, *, mesh: Any, split: ContextSplit | None) -> Chosen:
-    """The kernel for a call on `mesh`, with sequences split as `split` says.
+def choose(asked: Asked, q: AnyArray, *, mesh: Any, split: ContextSplit | None, inside: bool = False) -> Chosen:
+    """The kernel for a call on `mesh`, with sequences split as `split` says; `inside` of a manual region or not.
 
     Raises:
         ShardingError: The kernel that was named cannot do it; with the reason.
@@ -135,6 +135,8 @@ def choose(asked: Asked, q: AnyArray, *, mesh: Any, split: ContextSplit | None) 
     best = _OWN.get(platform, "blockwise")
     wanted = asked.name or best
     why_not = _why_not(wanted, asked, q, platform, mesh, split)
+    if wanted == "splash" and inside and not why_not:
+        why_not = "XLA cannot split it by itself, and a stage of a pipeline is a manual region already"
     if why_not and asked.name is not None:
         raise ShardingError(f"attention: kernel={wanted!r} cannot compute this: {why_not}. Leave kernel= out.")
     name = "blockwise" if why_not else wanted

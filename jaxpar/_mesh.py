@@ -98,7 +98,7 @@ def mesh(
 
     Raises:
         MeshError: An axis, a size, a count or a name is wrong (with the nearest legal shape), or this process is one
-            of several and `jax.distributed.initialize()` has not been called.
+            of several and `jp.initialize()` has not been called.
 
     Example:
         >>> dict(jp.mesh(fsdp=-1, tensor=2).shape)

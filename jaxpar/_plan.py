@@ -26,6 +26,9 @@ FORMAT = 1
 TABLE = "table"
 """The role of a parameter whose rows are looked up by index: an embedding."""
 
+EXPERT_ROLES = ("expert column", "expert row")
+"""The roles of matrices that stack experts: tokens travel to them, and their gradients leave a kernel summed whole."""
+
 SHARED = "shared"
 """The role of a matrix whose outputs, few heads of keys or values, every device of tensor parallelism makes whole."""
 
@@ -36,10 +39,10 @@ class Move:
 
     Attributes:
         what: `"weight"`, `"gradient"`, `"update"` or `"activation"`.
-        kind: `"all-gather"`, `"reduce-scatter"` or `"all-reduce"`.
+        kind: `"all-gather"`, `"reduce-scatter"`, `"all-reduce"` or `"all-to-all"`.
         axes: The mesh axes it crosses.
         bytes: What one device holds of it when whole: the result of a gather, the operand of a reduction. For an
-            activation, per token.
+            activation, per token; of an all-to-all to experts, per choice of a token.
         times: How often a step (a microbatch's step, with accumulation in the loop) does it.
         when: In words.
     """
@@ -72,8 +75,10 @@ class Record:
         slots: The spec of its optimiser state, and so of its update and of the gradient that goes into it.
         compute_dtype: The dtype in which the model reads it.
         role: `"column"` or `"row"` if tensor parallelism splits its outputs or its inputs, `"shared"` if its
-            outputs are heads too few to split, `"table"` if its rows are looked up by index, else `""`.
-        layers: 1 if its first dim stacks equal blocks that a scan runs one by one, else 0.
+            outputs are heads too few to split, `"table"` if its rows are looked up by index, `"expert column"` or
+            `"expert row"` if it stacks matrices of experts, else `""`.
+        layers: How many of its first dims stack equal blocks that a scan runs one by one: 1, in a pipeline of several
+            chunks 2, or 0.
         remat: Whether those blocks are computed again in the backward pass.
         memory_kind: Where its pieces lie: `"device"`.
         reasons: `(strategy, what it did and why)`.
@@ -136,7 +141,7 @@ class Plan:
         axes: Size of each mesh axis, outermost first.
         records: What it says of each leaf, by path.
         optimizer_records: The same for each leaf of the optimiser's state, if an optimiser was given.
-        dims: The mesh axes of each logical dim of activations.
+        dims: The mesh axes of each logical dim of activations; and `"stages"`, those of a pipeline.
         replicas: Axes over which gradients are summed once a step.
         shards: Axes over which gradients are reduce-scattered, once a microbatch.
         context: How sequences are split over devices, if they are.
@@ -174,6 +179,11 @@ class Plan:
     def batch_axes(self) -> Axes:
         """The axes that split the batch."""
         return self.dims.get("batch", ())
+
+    @property
+    def stage_axis(self) -> str | None:
+        """The axis whose devices are the stages of a pipeline, if there is one."""
+        return next(iter(self.dims.get("stages", ())), None)
 
     @property
     def token_axes(self) -> Axes:
@@ -322,7 +332,8 @@ def _spec_axes(spec: PartitionSpec) -> set[str]:
 def _moves(plan: Plan, record: Record) -> Iterator[Move]:
     if record.slot not in ("parameter", "frozen"):
         return
-    times = record.shape[0] if record.layers else 1
+    counted = record.layers and plan.local_shape(record.shape, record.storage)[: record.layers]
+    times = math.prod(counted) if counted else 1
     where = " of each layer" if record.layers else ""
     gathered = _in_order(plan, _spec_axes(record.storage) - _spec_axes(record.compute))
     if gathered:
@@ -358,7 +369,10 @@ def gradient_route(plan: Plan, record: Record, crossed: Axes, *, table: bool) ->
       to the activations, which are then gathered.
     - A dim split over two axes (`tensor+fsdp`) is summed whole as before.
 
-    So these pass the compute spec, and are summed whole.
+    - Gradients of experts leave the kernel of `jp.experts` summed over all of these axes.
+
+    So these pass the compute spec, and are summed whole. Over an axis of the compute spec, as that of experts, there is
+    nothing to sum: all that uses a piece of the parameter is where the piece is.
 
     Args:
         plan: The plan.
@@ -366,17 +380,19 @@ def gradient_route(plan: Plan, record: Record, crossed: Axes, *, table: bool) ->
         crossed: The axes of more than one device that split tokens where it is read.
         table: Whether it is looked up by index.
     """
+    crossed = tuple(axis for axis in crossed if axis not in _spec_axes(record.compute))
     stored = _spec_axes(record.storage) & set(crossed)
     cut = drop_axes(record.slots, tuple(set(crossed) - stored))  # one axis at a time: ZeRO's comes after
     idle = {axis for axis, size in plan.axes.items() if size > 1} - {*crossed, *_spec_axes(cut)}
     twice = any(len(axes_at(entry)) > 1 for entry in cut)
-    straight = stored and len(crossed) > 1 and not (table or idle or twice)
+    straight = stored and len(crossed) > 1 and not (table or idle or twice or record.role in EXPERT_ROLES)
     return (cut if straight else record.compute, record.slots)
 
 
 def _gradient_moves(plan: Plan, record: Record, times: int, where: str) -> Iterator[Move]:
     """How the gradient is summed over the batch axes: scattered over those that cut it, in pieces over others."""
-    crossed = plan.token_axes
+    own = _spec_axes(record.compute)
+    crossed = tuple(axis for axis in plan.token_axes if axis not in own)
     first, last = gradient_route(plan, record, crossed, table=record.role == TABLE)
     early = set(crossed) & _spec_axes(first)
     late = set(crossed) - early
@@ -404,6 +420,9 @@ def _activation_moves(plan: Plan, record: Record, times: int, where: str) -> Ite
         size = math.prod(record.shape[record.layers + 1 :]) * np.dtype(record.compute_dtype).itemsize
         yield Move(what="activation", kind="all-reduce", axes=axes, bytes=size, times=times, when=when)
         return
+    if record.role in EXPERT_ROLES:
+        yield from _expert_moves(record, times, where)
+        return
     split = [dim for dim, entry in enumerate(record.compute) if axes_at(entry)]
     if record.role not in ("column", "row") or not split:
         return
@@ -419,6 +438,23 @@ def _activation_moves(plan: Plan, record: Record, times: int, where: str) -> Ite
         kinds = ("all-reduce",)
     for kind, when in zip(kinds, whens, strict=False):
         yield Move(what="activation", kind=kind, axes=axes, bytes=size, times=times, when=when)
+
+
+def _expert_moves(record: Record, times: int, where: str) -> Iterator[Move]:
+    """What experts move: tokens to them and back, and the sums over their hidden features."""
+    expert, *rest = [axes_at(entry) for entry in tuple(record.compute)[record.layers :]] or [()]
+    is_column = record.role == EXPERT_ROLES[0]
+    width = record.shape[record.layers + 1] if is_column else record.shape[-1]
+    size = width * np.dtype(record.compute_dtype).itemsize
+    shared = ", once for all matrices that read the same activation" if is_column else ""
+    way, back = ("to their experts", "from their experts") if is_column else ("from their experts", "to their experts")
+    if expert:
+        for when in (f"forward pass{where}, chosen tokens {way}", f"backward pass{where}, their gradients {back}"):
+            yield Move(what="activation", kind="all-to-all", axes=expert, bytes=size, times=times, when=when + shared)
+    hidden = sum(rest, ())
+    if hidden:
+        when = f"{'backward' if is_column else 'forward'} pass{where}{shared}"
+        yield Move(what="activation", kind="all-reduce", axes=hidden, bytes=size, times=times, when=when)
 
 
 def _bytes_of_one(plan: Plan, record: Record, spec: PartitionSpec, dtype: Any) -> int:

@@ -107,7 +107,11 @@ def totals_text(plan: "Plan") -> list[str]:
         f"optimiser {optimizer}, other {bytes_text(totals.other)}; together {bytes_text(totals.total)}"
     )
     lines = [f"{totals.num_parameters:,} parameters{trained}", shares]
-    sharded = [axis for axis in plan.batch_axes if any(axis in _axes(record.gradient) for record in plan.parameters)]
+    sharded = [
+        axis
+        for axis in plan.batch_axes
+        if any(axis in _axes(record.gradient) and axis not in _axes(record.compute) for record in plan.parameters)
+    ]
     if sharded:
         whole = sum(
             math.prod(plan.local_shape(record.shape, record.compute)) * record.dtype.itemsize
@@ -175,7 +179,8 @@ def columns(rows: Sequence[Sequence[str]]) -> str:
 def move_text(move: "Move", count: int) -> str:
     """A move in words, for `count` equal leaves: `all-gather weight over fsdp 8.0 KiB x4`."""
     times = move.times * count
-    size = bytes_text(move.bytes) + (" a token" if move.per_token else "")
+    per = " a choice of a token" if move.kind == "all-to-all" else " a token" if move.per_token else ""
+    size = bytes_text(move.bytes) + per
     return f"{move.kind} {move.what} over {'+'.join(move.axes)} {size}" + (f" x{times}" if times > 1 else "")
 
 

@@ -55,10 +55,10 @@ class Traced(Region):
     tables: frozenset[str] = frozenset()
 
     def __hash__(self) -> int:
-        return hash((id(self.values), self.replicas))
+        return hash((id(self.values), self.replicas, self.manual))
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Traced) and self.values is other.values and self.replicas == other.replicas
+        return isinstance(other, Traced) and self.values is other.values and self._here == other._here
 
 
 @dataclasses.dataclass(frozen=True)

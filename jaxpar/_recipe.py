@@ -14,7 +14,7 @@ import numpy as np
 from . import _bound, _mesh, _tree
 from ._bound import BoundPlan
 from ._errors import StepError
-from ._grad import differentiate
+from ._grad import check_microbatches, differentiate, evaluate, fits_microbatches
 from ._hardware import counted
 from ._planned import gather_others, gathered_by
 from ._precision import Precision, cast
@@ -174,6 +174,9 @@ class Recipe:
         return optax.chain(optax.clip_by_global_norm(self.clip_norm), self.optimizer)
 
     def _check_batch(self, plan: BoundPlan) -> None:
+        if plan.stage_axis is not None:
+            check_microbatches(plan, self.batch_size, self.accumulate)
+            return
         unit = plan.num_batch_shards * self.accumulate
         if self.batch_size % unit:
             below = self.batch_size // unit * unit
@@ -212,6 +215,8 @@ class Program:
     def batch_identity(self) -> str:
         """Global batch = per device x accumulation x shards, in numbers."""
         shards, accumulate = self.plan.num_batch_shards, self.recipe.accumulate
+        if self.plan.stage_axis is not None:
+            accumulate = self.plan.schedule.microbatches
         each = self.recipe.batch_size // shards // accumulate
         total = self.recipe.batch_size
         micro = f"{accumulate} microbatch{'' if accumulate == 1 else 'es'}"
@@ -349,6 +354,9 @@ def _differentiated(recipe: Recipe, model: PyTree, batch: PyTree) -> Any:
 
 
 def _evaluate(recipe: Recipe, plan: BoundPlan, model: PyTree, batch: PyTree) -> dict[str, Any]:
+    if plan.stage_axis is not None and fits_microbatches(plan, batch):
+        found = evaluate(recipe.eval_loss or recipe.loss, model, batch, has_aux=recipe.has_aux, weight=recipe.weight)
+        return cast({"loss": found.value, "weight": found.weight, **_named(found.aux, recipe)}, plan.precision.output)
     out = (recipe.eval_loss or recipe.loss)(model, batch)
     aux = None
     if recipe.has_aux:

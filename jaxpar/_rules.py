@@ -63,7 +63,7 @@ class Leaf:
         alias: What patterns see of the path: not the `value` that Linen's boxes add.
         shape: Global shape.
         itemsize: Bytes an element.
-        layers: Leading dims that stack equal blocks: 0 or 1. Never split; strategies see the dims after them.
+        layers: Leading dims that stack equal blocks. Strategies see the dims after them; a pipeline splits the last.
         names: A logical name for each dim, or `None` where the model carries none.
         owner: The type name of the object that holds it as an attribute; `""` for an item of a dict or a list.
         role: `"column"` or `"row"` if tensor parallelism splits its outputs or its inputs; `""` otherwise.
@@ -211,6 +211,19 @@ def is_called_embedding(leaf: Leaf) -> bool:
     return called_so and not any(name.startswith("unemb") for name in names)
 
 
+def role_of(names: Sequence[str | None], split: Sequence[int]) -> str:
+    """Whether dims named so make a matrix whose outputs are split or whose inputs are: `("embed", "mlp")` is column.
+
+    Args:
+        names: Of one block's leaf.
+        split: The dims that are, or would be, split by tensor parallelism.
+    """
+    if not split or "embed" not in names or names[split[0]] == "vocab":
+        return ""
+    role = "column" if names.index("embed") < split[0] else "row"
+    return f"{EXPERT} {role}" if EXPERT in names else role
+
+
 def way_out(size: int, axis: str, axis_size: int) -> str:
     """How to make a dim of `size` fit an axis: the nearest multiples."""
     below = size // axis_size * axis_size
@@ -218,7 +231,10 @@ def way_out(size: int, axis: str, axis_size: int) -> str:
     return f"Use a multiple of {axis_size} ({nearest_sizes} here), or another size of axis {axis!r}"
 
 
-KNOWN = ("embed", "heads", "kv", "mlp", "vocab")
+EXPERT = "expert"
+"""The name of the dim of a leaf that stacks experts, its first."""
+
+KNOWN = ("embed", EXPERT, "heads", "kv", "mlp", "vocab")
 """Names of dims of parameters that strategies read."""
 
 LAYERS = ("layers", "layer")

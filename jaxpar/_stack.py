@@ -62,6 +62,8 @@ class Stacked(nnx.Module):
         num: How many layers.
         remat: What the backward pass keeps; see `jp.remat`.
         shared: Key paths of variables in `each` that are not stacked: all layers use the one.
+        chunks: With more than one, variables are stacked as [chunks, layers of a chunk, ...]: a stage of an interleaved
+            pipeline then holds its layers of each chunk, which do not follow one another, as one piece of an array.
     """
 
     def __init__(self, each: nnx.Module, num: int, remat: str, shared: tuple[Any, ...] = ()):
@@ -69,6 +71,7 @@ class Stacked(nnx.Module):
         self.num = num
         self.remat = remat
         self.shared = shared
+        self.chunks = 1
 
     @classmethod
     def of(cls, blocks: Sequence[nnx.Module], *, path: str, remat: str = "full", outside: frozenset[int]) -> "Stacked":
@@ -97,7 +100,23 @@ class Stacked(nnx.Module):
                 variable.set_raw_value(jnp.stack([variables[key].get_raw_value() for variables in found]))
         return cls(blocks[0], len(blocks), remat, shared)
 
+    @property
+    def layer_dims(self) -> int:
+        """Leading dims of its variables that count layers."""
+        return 1 if self.chunks == 1 else 2
+
+    def cut(self, chunks: int) -> None:
+        """Lay the variables out as `[chunks, layers of a chunk, ...]`."""
+        for keys, variable in _variables(self.each).items():
+            if keys not in self.shared:
+                value = variable.get_raw_value()
+                variable.set_raw_value(value.reshape(chunks, self.num // chunks, *value.shape[1:]))
+        self.chunks = chunks
+
     def __call__(self, x: PyTree, *rest: Any, **settings: Any) -> PyTree:
+        catch = _catch.value
+        if catch is not None:
+            return catch(self, x, rest, settings)
         graphdef, state = nnx.split(self.each)
         flat = nnx.to_flat_state(state)
         once = [(keys, variable) for keys, variable in flat if keys in self.shared and isinstance(variable, nnx.Param)]
@@ -123,12 +142,39 @@ class Stacked(nnx.Module):
             after = dict(nnx.to_flat_state(nnx.state(block)))
             return (y, [after[keys] for keys in carried_keys]), [after[keys] for keys in state_keys]
 
-        run = remat(layer, self.remat)
-        (x, carried), per_layer = jax.lax.scan(run, (x, carried), (parameters, per_layer), length=self.num)
+        region = _context.current()
+        axis = None if region is None else region.plan.stage_axis
+        per_layer = self._in_a_row(per_layer)
+        if region is None or axis is None:
+            run = remat(layer, self.remat)
+            (x, carried), per_layer = jax.lax.scan(
+                run, (x, carried), (self._in_a_row(parameters), per_layer), length=self.num
+            )
+        else:
+            raw = [each.get_raw_value() for each in parameters]
+
+            def fetched(carry: Any, this: Any) -> Any:
+                index, state = this
+                own = _from_stage(raw, index, region.mesh, axis, self.layer_dims)
+                return layer(carry, ([each.replace(value) for each, value in zip(parameters, own, strict=True)], state))
+
+            (x, carried), per_layer = jax.lax.scan(fetched, (x, carried), (jnp.arange(self.num), per_layer))
+        if self.chunks > 1:
+            per_layer = jax.tree.map(lambda leaf: leaf.reshape(self.chunks, -1, *leaf.shape[1:]), per_layer)
         if carried or per_layer:
             changed = [*zip(carried_keys, carried, strict=True), *zip(state_keys, per_layer, strict=True)]
             nnx.update(self.each, nnx.from_flat_state(changed))
         return x
+
+    def _in_a_row(self, leaves: list[Any]) -> list[Any]:
+        """`leaves` with all layers on one leading dim."""
+        if self.chunks == 1:
+            return leaves
+        return jax.tree.map(lambda leaf: leaf.reshape(self.num, *leaf.shape[2:]), leaves)
+
+    def one_layer(self) -> "Layer":
+        """What a pipeline needs of this stack: its variables, and how one layer runs."""
+        return Layer(self)
 
     def __len__(self) -> int:
         return self.num
@@ -174,6 +220,81 @@ class Stack(Stacked):
         num = _shortened(num)
         make_all = nnx.vmap(make_block, in_axes=0, out_axes=0, transform_metadata={nnx.PARTITION_NAME: "layers"})
         super().__init__(make_all(rngs.split(num)), num, remat)
+
+
+class Layer:
+    """One layer of a stack as a function of its variables, the stream, and what else blocks are given.
+
+    Attributes:
+        variables: Those of all layers, by key path.
+        remat: As in the stack.
+        layer_dims: As in the stack.
+        num: As in the stack.
+    """
+
+    def __init__(self, stack: Stacked):
+        self._graphdef, state = nnx.split(stack.each)
+        self.variables: dict[Any, Any] = dict(nnx.to_flat_state(state))
+        self.shared = [keys for keys in self.variables if keys in stack.shared]
+        self.remat, self.layer_dims, self.num = stack.remat, stack.layer_dims, stack.num
+
+    def __call__(self, values: dict[Any, Any], x: PyTree, rest: tuple[Any, ...], settings: dict[str, Any]) -> PyTree:
+        """`x` through the layer whose variables have these values."""
+
+        def run(values: dict[Any, Any], x: PyTree) -> PyTree:
+            pairs = [(keys, variable.replace(values[keys])) for keys, variable in self.variables.items()]
+            y = _constrained(nnx.merge(self._graphdef, nnx.from_flat_state(pairs))(_constrained(x), *rest, **settings))
+            _check_alike(x, y)
+            return y
+
+        return remat(run, self.remat)(values, x)
+
+
+Catch = Callable[[Stacked, PyTree, tuple[Any, ...], dict[str, Any]], PyTree]
+"""What is called in place of a stack, with its arguments."""
+
+_catch = jax.make_user_context(None)
+
+
+@contextlib.contextmanager
+def caught(catch: Catch) -> Iterator[None]:
+    """While this lasts, calls of stacks go to `catch`: a pipeline runs their layers elsewhere."""
+    with _catch(catch):
+        yield
+
+
+@ft.partial(jax.custom_jvp, nondiff_argnums=(2, 3, 4))
+def _from_stage(leaves: list[Any], index: jax.Array, mesh: Any, axis: str, layer_dims: int) -> list[Any]:
+    """Layer `index` of leaves whose layers are split over `axis`, sent from its stage to all others."""
+
+    def one(leaf: jax.Array, index: jax.Array) -> jax.Array:
+        each = leaf.shape[layer_dims - 1]
+        across = each * jax.lax.axis_size(axis)
+        stage, within = index % across // each, index % each
+        local = leaf if layer_dims == 1 else jax.lax.dynamic_index_in_dim(leaf, index // across, 0, keepdims=False)
+        value = jax.lax.dynamic_index_in_dim(local, within, 0, keepdims=False)
+        # In float32, for XLA on CPU aborts on a sum in bfloat16 here.
+        wide = value.astype(jnp.promote_types(value.dtype, jnp.float32))
+        sent = jax.lax.psum(jnp.where(jax.lax.axis_index(axis) == stage, wide, 0), axis)
+        return sent.astype(value.dtype)
+
+    lead = jax.sharding.PartitionSpec(*[None] * (layer_dims - 1), axis)
+    return jax.shard_map(
+        lambda leaves, index: [one(leaf, index) for leaf in leaves],
+        mesh=mesh,
+        in_specs=(lead, jax.sharding.PartitionSpec()),
+        out_specs=jax.sharding.PartitionSpec(),
+        axis_names={axis},
+    )(leaves, index)
+
+
+@_from_stage.defjvp
+def _refuse_to_differentiate(*_: Any) -> Any:
+    raise StepError(
+        "this plan runs the blocks in a pipeline (jp.PP), whose backward passes are no derivative that JAX could take "
+        "by itself: differentiate the loss with jp.value_and_grad(loss) in place of jax.value_and_grad or "
+        "nnx.value_and_grad. Without a derivative, as here, every stage runs all layers."
+    )
 
 
 _limit = jax.make_user_context(None)  # part of JAX's trace-cache key: a factory may be jitted
@@ -390,7 +511,7 @@ def _constrained(x: PyTree) -> PyTree:
             for each, size, number in zip(axes, leaf.shape, sizes, strict=False)
         ]
         spec = jax.sharding.PartitionSpec(*entries, *([free] * (leaf.ndim - len(entries))))
-        return jax.lax.with_sharding_constraint(leaf, jax.sharding.NamedSharding(region.mesh, spec))
+        return region.constrain(leaf, spec)
 
     return jax.tree.map(one, x)
 

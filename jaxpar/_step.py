@@ -11,15 +11,16 @@ import numpy as np
 from jax.extend import core as jax_core
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from . import _calls, _context, _planned, _scopes, _traits
+from . import _calls, _context, _planned, _scopes, _traits, _waits
 from ._birth import no_eager_sharding
+from ._branches import refuse_stuck
 from ._calls import Call, Place, Result
 from ._errors import ShardingError, StepError, listed
 from ._plan import TABLE, Record, gradient_route
 from ._plan_text import bytes_text
 from ._planned import GATHERED, LAYER_GATHERED, Traced
 from ._slots import Match
-from .parallel import TP
+from .parallel import PP, TP
 
 logger = logging.getLogger("jaxpar")
 
@@ -35,6 +36,7 @@ class _Compiled:
         donated: Which arrays are given away.
         result: How the result is put together.
         notes: What the plan did.
+        ends: Whether it is known that no device waits without end for another.
     """
 
     function: Any
@@ -43,6 +45,7 @@ class _Compiled:
     donated: tuple[int, ...]
     result: Result
     notes: tuple[str, ...]
+    ends: bool
 
     def __call__(self, call: Call) -> Any:
         arrays, moved = list(call.arrays), {}
@@ -59,7 +62,8 @@ class _Compiled:
         """The changed arrays of nodes by their place, and the result, from placed arrays."""
         if len({id(arrays[index]) for index in self.donated}) < len(self.donated):
             arrays = _apart(arrays, self.donated)
-        values = self.function(*arrays)
+        with _waits.inside():
+            values = self.function(*arrays)
         num = len(self.changed)
         return dict(zip(self.changed, values[:num], strict=True)), self.result.assemble(values[num:], nodes)
 
@@ -155,6 +159,11 @@ class StepFunction:
                 return result
         call = _calls.take_apart(self._names, args, kwargs)
         compiled = self._get(call)
+        if not compiled.ends:
+            # JAX keeps what it compiles here for the call.
+            program = compiled.function.lower(*_shapes(call)).compile()
+            refuse_stuck(self.__name__, program, self.plan.mesh)
+            compiled.ends = True
         result = compiled(call)
         glance = _calls.Glance.of(call, compiled.shardings, args, kwargs)
         self._glance = None if glance is None else (glance, compiled)
@@ -169,10 +178,9 @@ class StepFunction:
         """The step for these arguments as a function of arrays alone, and what is known of each array."""
         call = _calls.take_apart(self._names, args, kwargs)
         compiled = self._get(call)
-        types = map(_calls.type_of, call.arrays)
         return Flat(
             function=compiled.function,
-            shapes=[jax.ShapeDtypeStruct(shape, dtype, weak_type=weak) for shape, dtype, weak in types],
+            shapes=_shapes(call),
             places=call.places,
             records=[
                 match and match.record
@@ -290,7 +298,8 @@ class StepFunction:
             donate_argnums=donated,
             compiler_options=self._options,
         )
-        return _Compiled(function, shardings, changed, donated, result, tuple(region.notes))
+        in_stages = plan.strategy(PP) is not None  # whose branches some devices take and others do not
+        return _Compiled(function, shardings, changed, donated, result, tuple(region.notes), ends=not in_stages)
 
     def _match(self, place: Place, array: Any) -> Match | None:
         key = (place, np.shape(array), getattr(array, "dtype", None))
@@ -445,6 +454,11 @@ class StepFunction:
                 'jp.constrain(x, "batch", "seq", "embed"), or stack its blocks, FSDP(blocks="blocks.*") or jp.Stack; '
                 "or leave sequence out."
             )
+
+
+def _shapes(call: Call) -> list[jax.ShapeDtypeStruct]:
+    types = map(_calls.type_of, call.arrays)
+    return [jax.ShapeDtypeStruct(shape, dtype, weak_type=weak) for shape, dtype, weak in types]
 
 
 def _is_moved(record: Record) -> bool:

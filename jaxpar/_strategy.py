@@ -121,5 +121,12 @@ def _may_share(one: Strategy, other: Strategy) -> bool:
 
 def _user_of(axis: str) -> str:
     """What could use an axis that nobody uses."""
-    usual = {"data": "DP()", "fsdp": "FSDP()", "tensor": "TP(column=[...], row=[...])", "context": "CP()"}.get(axis)
+    usual = {
+        "data": "DP()",
+        "fsdp": "FSDP()",
+        "tensor": "TP(column=[...], row=[...])",
+        "context": "CP()",
+        "expert": "EP()",
+        "pipe": "PP(microbatches=...)",
+    }.get(axis)
     return f"Add {usual} to the strategies" if usual else f"Name it in a strategy, as in FSDP(axis={axis!r})"

@@ -197,6 +197,8 @@ def find(jaxpr: Any, names: Any) -> str | None:
     for eqn in jaxpr.eqns:
         if eqn.primitive.name in names:
             return eqn.primitive.name
+        if eqn.primitive.name == "custom_vmap_call":  # says itself how it is mapped (`_grouped`)
+            continue
         for sub in _subs(eqn):
             found = find(sub, names)
             if found:

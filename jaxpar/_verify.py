@@ -480,10 +480,17 @@ def _smaller(program: Program, memory: int) -> str:
     """A reduced recipe that fits, as what to type; or what even the smallest needs."""
     recipe, plan = program.recipe, program.plan
     rows = plan.num_batch_shards * recipe.accumulate
+    unit = 1  # layers that stages and chunks can share
+    if plan.stage_axis is not None:
+        rows = plan.num_batch_shards * plan.schedule.microbatches
+        unit = plan.schedule.stages * plan.schedule.chunks
     batch = {"batch_size": rows} if rows < recipe.batch_size else {}
     is_graph = is_graph_plan(plan)
-    depth = max((record.shape[0] for record in plan.records.values() if record.layers and is_graph), default=0)
-    choices = [batch, *({"layers": layers, **batch} for layers in (2, 1) if layers < depth)]
+    depth = max(
+        (math.prod(record.shape[: record.layers]) for record in plan.records.values() if record.layers and is_graph),
+        default=0,
+    )
+    choices = [batch, *({"layers": layers, **batch} for layers in (2 * unit, unit) if layers < depth)]
     smallest = ""
     for choice in filter(None, choices):
         needs = _needs(recipe.reduced(**choice).on(plan.mesh), memory)

@@ -457,9 +457,12 @@ def check_same(case: Case, trained: Trained) -> Comparison:
 
 
 def stacked_like(leaves: dict[str, Any], like: dict[str, Any]) -> dict[str, Any]:
-    """`leaves` of an unrolled model under the paths of its stacked twin: `blocks.0.q` and on as `blocks.each.q`."""
+    """`leaves` of an unrolled model under the paths of its stacked twin: `blocks.0.q` and on as `blocks.each.q`.
+
+    The layers of a stack in a pipeline of several chunks are counted by two dims, in the same order.
+    """
     if leaves.keys() == like.keys():
-        return leaves
+        return {path: leaf.reshape(np.shape(like[path])) if ".each." in path else leaf for path, leaf in leaves.items()}
 
     def find(path):
         if path in leaves:

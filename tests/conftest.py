@@ -94,12 +94,17 @@ def pytest_sessionstart():
 
 
 def pytest_collection_modifyitems(items):
-    """Without the TPU compiler its tests are skipped with the remedy; in CI they run, and fail."""
-    if importlib.util.find_spec("libtpu") or os.environ.get("CI"):
-        return
-    for item in items:
-        if item.get_closest_marker("libtpu"):
-            item.add_marker(pytest.mark.skip(reason="no TPU compiler here: pip install 'jaxpar[tpu]'"))
+    """What needs a package that is not here is skipped with the remedy; in CI, where it belongs, it runs and fails."""
+    # torch for the CPU alone is a wheel of Python 3.11; the one of 3.12 brings gigabytes of CUDA.
+    with_torch = bool(os.environ.get("CI")) and sys.version_info < (3, 12)
+    for marker, package, expected, remedy in (
+        ("libtpu", "libtpu", bool(os.environ.get("CI")), "no TPU compiler here: pip install 'jaxpar[tpu]'"),
+        ("torch", "transformers", with_torch, "no transformers here: pip install transformers torch"),
+    ):
+        if not expected and not importlib.util.find_spec(package):
+            for item in items:
+                if item.get_closest_marker(marker):
+                    item.add_marker(pytest.mark.skip(reason=remedy))
 
 
 @pytest.fixture(scope="session")

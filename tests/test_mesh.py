@@ -222,7 +222,7 @@ def test_attached_hardware_is_used(monkeypatch):
     """A name of what is attached gives the devices; another topology, size or chip does not."""
     here = tpu_slice("TPU v5", (4, 4, 4))
     monkeypatch.setattr(jax, "devices", lambda: here)
-    monkeypatch.setattr(_devices, "_only_cpu", lambda: False)
+    monkeypatch.setattr(_devices, "only_cpu", lambda: False)
 
     assert _devices.attached(parse("v5p-128"), allow_unused=False) is here
     assert _devices.attached(parse("v5p:4x4x4"), allow_unused=False) is here
@@ -511,7 +511,7 @@ def test_mesh_before_the_cluster(variables, evidence, monkeypatch):
 
     assert message(fsdp=-1) == (
         f"This process is one of several ({evidence}), and would see only its own devices. Call "
-        "jax.distributed.initialize() before anything touches a device. A process that is meant to work alone says so: "
+        "jp.initialize() before anything touches a device. A process that is meant to work alone says so: "
         "jp.mesh(devices=jax.local_devices(), ...)."
     )
     with pytest.raises(MeshError, match=r"^simulate\(8\): this process belongs to a cluster"):
@@ -584,7 +584,7 @@ def test_one_process(variables, monkeypatch):
     ],
 )
 def test_tpu_pod(variables, evidence, monkeypatch):
-    monkeypatch.setattr(_devices, "_only_cpu", lambda: False)
+    monkeypatch.setattr(_devices, "only_cpu", lambda: False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     assert _devices.cluster() == evidence
@@ -684,7 +684,7 @@ def test_devices_of_the_tpu_compiler(child_env):
         import jax
         from jax.experimental import topologies
         from jaxpar import _devices, _mesh
-        _devices._only_cpu = lambda: False
+        _devices.only_cpu = lambda: False
         found = []
         for name, slices, dcn, axes in [
             ("v5e:4x4", 2, None, {"data": 2, "fsdp": 8, "tensor": 2}),

@@ -124,7 +124,7 @@ def test_names_that_no_strategy_reads_are_noted():
     assert _rules.unused_names(known) == []
     strange = {**known, "x": leaf("x", names=("model", "embed")), "y": leaf("y", names=("model", None))}
     assert _rules.unused_names(strange) == [
-        "dims named 'model' (2 leaves) mean nothing to any strategy; they read embed, heads, kv, mlp, vocab."
+        "dims named 'model' (2 leaves) mean nothing to any strategy; they read embed, expert, heads, kv, mlp, vocab."
     ]
 
 

@@ -68,7 +68,7 @@ def damage_for_all(path: pathlib.Path) -> list[str]:
     """
     if jax.process_count() == 1:
         return damage(path)
-    lines = damage(path, _share(path))
+    lines = damage(path, share(path))
     if lines and not _processes.is_first():  # which tells what it has seen itself
         _log.warning("%s, as process %d sees it:\n%s", path, jax.process_index(), listed(lines))
     if _processes.greatest(len(lines)) and not lines:
@@ -76,7 +76,7 @@ def damage_for_all(path: pathlib.Path) -> list[str]:
     return lines
 
 
-def _share(path: pathlib.Path) -> list[str]:
+def share(path: pathlib.Path) -> list[str]:
     """The files that this process reads, so that each reads about as much."""
     loads = [0] * jax.process_count()
     mine = []

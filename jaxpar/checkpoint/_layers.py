@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from . import _orbax
-from ._target import Asked, layer_of, stack_of
+from ._target import Asked, as_asked, layer_of, regrouped, stack_of
 
 
 def read_stacked(
@@ -35,12 +35,18 @@ def read_stacked(
 
 
 def read_sliced(
-    path: pathlib.Path, sliced: Mapping[str, tuple[str, ...]], asked: Mapping[str, Any]
+    path: pathlib.Path,
+    sliced: Mapping[str, tuple[str, ...]],
+    asked: Mapping[str, Any],
+    shapes: Mapping[str, tuple[int, ...]],
 ) -> Iterator[tuple[str, Any]]:
-    """Layers by their names here, from the stacks of the checkpoint at `path`."""
+    """Layers by their names here, from the stacks of the checkpoint at `path`, which have these shapes there."""
     for stack, layers in sliced.items():
-        first = asked[layers[0]]
-        (whole,) = _orbax.read(path, {stack: stack_of(len(layers), first)}).values()
+        in_a_row = stack_of(len(layers), asked[layers[0]])
+        chunked = shapes[stack][0] != len(layers)
+        there = regrouped(in_a_row, 1, shapes[stack][:2]) if chunked else in_a_row
+        (whole,) = _orbax.read(path, {stack: there}).values()
+        whole = as_asked(whole, in_a_row) if chunked else whole
         for index, name in enumerate(layers):
             if isinstance(whole, np.ndarray):
                 yield name, whole[index].copy()

@@ -3,11 +3,13 @@
 Leaves have the same path, or differ in how a stack of equal layers is laid out: a scan keeps `blocks.each.up.kernel`
 with a leading dim of layers (`Stack`, `FSDP(blocks=...)`), or a pytree `blocks.up.kernel`; without it there is one leaf
 a layer, `blocks.0.up.kernel` or, in Linen, `blocks_0.up.kernel`. These are the same parameters under the same logical
-name, in optimiser state too, so either is read as the other. Only a full set of layers with exact shapes is.
+name, in optimiser state too, so either is read as the other. Only a full set of layers with exact shapes is. A pipeline
+with several chunks on a stage (`PP(chunks=2)`) keeps a stack as [chunks, layers of a chunk, ...], in the same order.
 """
 
 import dataclasses
 import difflib
+import math
 from collections.abc import Callable, Iterator, Mapping
 
 from .._errors import CheckpointError, listed
@@ -72,6 +74,22 @@ def pair(saved: Mapping[str, Leaf], here: Mapping[str, Leaf]) -> tuple[Match, li
     return _pair(saved, here, cast=False, strict=True)
 
 
+def layer_dims(name: str, mine: tuple[int, ...], theirs: tuple[int, ...]) -> tuple[int, int] | None:
+    """How many leading dims count the layers of the stack `name` in two shapes of it; `None` if these are no such two.
+
+    Example:
+        >>> from jaxpar.checkpoint._match import layer_dims
+        >>> layer_dims("blocks.each.bias", (8, 5), (2, 4, 5)), layer_dims("blocks.each.bias", (8, 5), (8, 5))
+        ((1, 2), None)
+    """
+    if EACH not in name.split(".") or mine == theirs:
+        return None
+    for a, b in ((1, 2), (2, 1), (2, 2)):
+        if math.prod(mine[:a]) == math.prod(theirs[:b]) and mine[a:] == theirs[b:] and len(mine) - a == len(theirs) - b:
+            return a, b
+    return None
+
+
 def layer_names(name: str) -> Iterator[Callable[[int], str]]:
     """Every way to name the layers of a stack called `name`."""
     segments = name.split(".")
@@ -119,7 +137,7 @@ def _pair(saved: Mapping[str, Leaf], here: Mapping[str, Leaf], *, cast: bool, st
         f"{name}: {saved.get(same.get(name, name), 'missing')} in the checkpoint, {here[name]} here"
         for name in here
         if name in missing
-        or (name in same and not (here[name].shape == saved[same[name]].shape and fits(here[name], saved[same[name]])))
+        or (name in same and not (_alike(name, here[name], saved[same[name]]) and fits(here[name], saved[same[name]])))
     ]
     if strict:
         lines += [f"{name}: {leaf} in the checkpoint, nothing here" for name, leaf in surplus.items()]
@@ -148,14 +166,23 @@ def _layers(
     if not stack.shape or not stack.shape[0]:
         return None
     for spelling in layer_names(name):
-        if spelling(0) not in others or spelling(stack.shape[0]) in others:
+        if spelling(0) not in others:
             continue
-        names = tuple(map(spelling, range(stack.shape[0])))
-        if all(
-            each in others and others[each].shape == stack.shape[1:] and fits(stack, others[each]) for each in names
-        ):
-            return names
+        for dims in (1, 2) if EACH in name.split(".") else (1,):
+            number, shape = math.prod(stack.shape[:dims]), stack.shape[dims:]
+            names = tuple(map(spelling, range(number)))
+            if spelling(number) not in others and all(
+                each in others and others[each].shape == shape and fits(stack, others[each]) for each in names
+            ):
+                return names
     return None
+
+
+def _alike(name: str, mine: Leaf, theirs: Leaf) -> bool:
+    """Whether two leaves have one shape, or are one stack whose layers are counted by one dim here and two there."""
+    if mine.shape is None or theirs.shape is None:
+        return mine.shape == theirs.shape
+    return mine.shape == theirs.shape or layer_dims(name, mine.shape, theirs.shape) is not None
 
 
 def _pair_shared(same: dict[str, str], missing: dict[str, Leaf], surplus: dict[str, Leaf]) -> None:

@@ -7,17 +7,19 @@ compared with the reader's leaves, then the reader lets go of its arrays, then a
 import logging
 import os
 import pathlib
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import jax
 
 from .. import _processes
 from . import _about, _orbax
+from ._about import Leaf
 from ._layers import read_sliced, read_stacked
-from ._match import Match, matched
+from ._match import Match, layer_dims, matched
 from ._parts import take_apart
 from ._steps import check, complete, newest, none_valid, root
-from ._target import Target, check_placed
+from ._target import Asked, Target, as_asked, check_placed, regrouped
 
 T = TypeVar("T")
 
@@ -92,7 +94,7 @@ def restore_valid(path: pathlib.Path, like: T, *, part: str | None = None, cast:
     parts.build({name: targets[name].released for name in parts.arrays if name not in parts.loose})
     parts.arrays.clear()  # with this, nobody but the caller holds an array of `like`
 
-    values = _read(path, match, targets)
+    values = _read(path, match, targets, about.leaves)
     for name in parts.holders:
         parts.holders[name].set_state(about.states[match.same[name]])
     return parts.build({**values, **{name: about.values[match.same[name]] for name in parts.values}})
@@ -118,21 +120,38 @@ def metadata(directory: str | os.PathLike[str], step: int | None = None) -> dict
     return dict(_about.checked(home / str(complete(home, step))).metadata)
 
 
-def _read(path: pathlib.Path, match: Match, targets: dict[str, Target]) -> dict[str, Any]:
+def _read(path: pathlib.Path, match: Match, targets: dict[str, Target], saved: Mapping[str, Leaf]) -> dict[str, Any]:
     """The values of all targets."""
     stored = {name: target for name, target in targets.items() if target.is_stored}
     asked = {name: target.asked for name, target in stored.items()}
     direct = {name: match.same[name] for name in stored if name in match.same}
     values: dict[str, Any] = {}
-    read = _orbax.read(path, {theirs: asked[mine] for mine, theirs in direct.items()})
+    others = {mine: _grouped(mine, asked[mine], saved[theirs]) for mine, theirs in direct.items()}
+    read = _orbax.read(path, {theirs: others[mine] for mine, theirs in direct.items()})
     for mine, theirs in direct.items():
-        values[mine] = targets[mine].placed(read.pop(theirs))
-    stacks = read_stacked(path, {name: match.stacked[name] for name in match.stacked if name in stored}, asked)
+        value = read.pop(theirs)
+        values[mine] = targets[mine].placed(value if others[mine] is asked[mine] else as_asked(value, asked[mine]))
+    stacked = {name: layers for name, layers in match.stacked.items() if name in stored}
+    rows = {name: _in_a_row(asked[name], len(layers)) for name, layers in stacked.items()}
+    stacks = read_stacked(path, stacked, rows)
     for name in list(stacks):
-        values[name] = targets[name].placed(stacks.pop(name))
+        value = stacks.pop(name)
+        values[name] = targets[name].placed(value if rows[name] is asked[name] else as_asked(value, asked[name]))
     sliced = {stack: layers for stack, layers in match.sliced.items() if layers[0] in stored}
-    for name, value in read_sliced(path, sliced, asked):
+    for name, value in read_sliced(path, sliced, asked, {stack: saved[stack].shape or () for stack in sliced}):
         values[name] = targets[name].placed(value)
     for name in targets.keys() - stored.keys():
         values[name] = targets[name].placed(None)
     return values
+
+
+def _grouped(name: str, asked: Asked, saved: Leaf) -> Asked:
+    """What to ask for in place of `asked`: itself, unless the layers of this stack are counted otherwise there."""
+    shape = saved.stored[0] if saved.stored else saved.shape or ()
+    dims = layer_dims(name, asked.shape, shape)
+    return asked if dims is None else regrouped(asked, dims[0], shape[: dims[1]])
+
+
+def _in_a_row(asked: Asked, layers: int) -> Asked:
+    """A stack of so many layers with these on one dim."""
+    return asked if asked.shape[0] == layers else regrouped(asked, 2, (layers,))

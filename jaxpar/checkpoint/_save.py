@@ -18,7 +18,8 @@ import os
 import pathlib
 import shutil
 import threading
-from collections.abc import Callable, Mapping
+import types
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -29,6 +30,7 @@ from .._errors import CheckpointError, listed
 from .._types import PyTree
 from . import _about, _orbax, _sums
 from ._about import About
+from ._barrier import Barrier
 from ._parts import Parts, is_key, plain_json, take_apart
 from ._steps import is_unfinished, root, saving
 
@@ -150,7 +152,7 @@ def save_async(
     home = root(directory)
     check_place(home, step)
     parts = take_apart(tree)
-    _check_values(parts)
+    check_values(parts)
     about = About(
         leaves=_about.described(parts),
         values=parts.values,
@@ -162,25 +164,34 @@ def save_async(
     )
     path, barrier = begin(home, step)
     arrays = {name: _stored(leaf) for name, leaf in parts.arrays.items() if leaf.size}
-    written = _orbax.write(path, arrays)
+    try:
+        written = _orbax.write(path, arrays)
+    except BaseException as error:
+        barrier.fail(error)
+        raise
 
     def finish() -> None:
         try:
-            written()
-            commit(home, step, about, barrier)
-        except BaseException:
+            ahead = _sums.Ahead(lambda: _orbax.whole(path, jax.process_index()))
+            try:
+                barrier.until(written)
+            finally:
+                known = ahead.end()
+            commit(home, step, about, barrier, known)
+        except BaseException as error:
+            barrier.fail(error)
             _clear(home, step)  # on a full disk its space is needed
             raise
 
     return Saving(step, home / str(step), finish)
 
 
-def begin(home: pathlib.Path, step: int) -> tuple[pathlib.Path, Callable[[str], None]]:
-    """Where `step` is to be written until `commit`, clear of what a killed process left; and barriers for that.
+def begin(home: pathlib.Path, step: int) -> tuple[pathlib.Path, Barrier]:
+    """Where `step` is to be written until `commit`, clear of what a killed process left; and a barrier for that.
 
     The place must have been checked: `check_place`.
     """
-    barrier = _orbax.barriers()
+    barrier = Barrier()
     if _processes.is_first():
         home.mkdir(parents=True, exist_ok=True)
     _clear(home, step)
@@ -188,8 +199,17 @@ def begin(home: pathlib.Path, step: int) -> tuple[pathlib.Path, Callable[[str], 
     return saving(home, step), barrier
 
 
-def commit(home: pathlib.Path, step: int, about: About, barrier: Callable[[str], None]) -> None:
-    """Hash what every process has written where `begin` said, and make it step `step` of `home`."""
+def commit(
+    home: pathlib.Path,
+    step: int,
+    about: About,
+    barrier: Barrier,
+    known: Mapping[tuple[int, ...], str] = types.MappingProxyType({}),
+) -> None:
+    """Hash what every process has written where `begin` said, and make it step `step` of `home`.
+
+    What is `known` was hashed and is flushed already.
+    """
     path = saving(home, step)
     barrier("written")
     sizes = {name: size for name, size in _sums.files(path)[0].items() if not name.startswith(_sums.NAME)}
@@ -197,7 +217,26 @@ def commit(home: pathlib.Path, step: int, about: About, barrier: Callable[[str],
     if _processes.is_first():
         dataclasses.replace(about, files=sizes).write(path)
         own.append(_about.NAME)
-    sums = _sums.of_files(path, own, flush=True)
+    seal(path, home / str(step), own, barrier, known)
+
+
+def seal(
+    path: pathlib.Path,
+    target: pathlib.Path,
+    own: Sequence[str],
+    barrier: Barrier,
+    known: Mapping[tuple[int, ...], str] = types.MappingProxyType({}),
+) -> None:
+    """Hash and flush what lies at `path`, and make it appear at `target`.
+
+    Args:
+        path: Complete, and not written any more.
+        target: Beside it, and not there.
+        own: The files that this process hashes.
+        barrier: As `begin` gives it.
+        known: Sums of files that are flushed, by `_sums.Ahead`.
+    """
+    sums = _sums.of_files(path, own, flush=True, known=known)
     if not _processes.is_first():
         _sums.write(path, sums, part=jax.process_index())
     barrier("hashed")
@@ -205,10 +244,10 @@ def commit(home: pathlib.Path, step: int, about: About, barrier: Callable[[str],
         for index in range(1, jax.process_count()):
             sums |= _sums.take(path, part=index)
         _sums.write(path, sums)
-        for directory in {path, *((path / name).parent for name in sizes)}:
+        for directory in {path, *((path / name).parent for name in sums)}:
             _flush(directory)
-        path.rename(home / str(step))
-        _flush(home)
+        path.rename(target)
+        _flush(target.parent)
     barrier("committed")
 
 
@@ -250,7 +289,8 @@ def check_place(home: pathlib.Path, step: int) -> None:
         raise CheckpointError(f"{home}: {there} {why}. Give a directory that every process can write.")
 
 
-def _check_values(parts: Parts) -> None:
+def check_values(parts: Parts) -> None:
+    """Raise for leaves that hold no values, and for a tree without arrays."""
     lines = [
         f"{path}: a shape and dtype, without values"
         if isinstance(leaf, jax.ShapeDtypeStruct)

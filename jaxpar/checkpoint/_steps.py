@@ -119,10 +119,20 @@ def prune(directory: str | os.PathLike[str], keep: int | Keep) -> list[int]:
             home, keep.metric, known,
         )  # fmt: skip
     for step in gone:
-        # Renamed first: a step that is deleted in part is never seen under its number.
-        doomed = (home / str(step)).rename(home / f"{step}.deleted")
-        shutil.rmtree(doomed)
+        _delete(home, step)
     return gone
+
+
+def drop_after(home: pathlib.Path, step: int) -> None:
+    """Delete every step after `step`, the last first; called by process 0, while nobody saves."""
+    for each in reversed(numbered(home)):
+        if each > step:
+            _delete(home, each)
+
+
+def _delete(home: pathlib.Path, step: int) -> None:
+    # Renamed first: a step that is deleted in part is never seen under its number.
+    shutil.rmtree((home / str(step)).rename(home / f"{step}.deleted"))
 
 
 def newest(home: pathlib.Path) -> Newest:

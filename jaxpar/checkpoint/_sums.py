@@ -4,14 +4,17 @@ In the format of `sha256sum`, so that `sha256sum -c SHA256SUMS` checks a checkpo
 in it are only ever compared with the files that are there; none is opened because it is written here.
 """
 
+import contextlib
 import hashlib
 import os
 import pathlib
 import re
 import threading
-from collections.abc import Iterable, Mapping
+import types
+from collections.abc import Callable, Iterable, Mapping
 
 NAME = "SHA256SUMS"
+POLL_SECONDS = 0.05
 MAX_THREADS = 8  # one hashes about 1.5 GB/s; hashlib lets go of the interpreter's lock
 
 
@@ -44,13 +47,61 @@ def read(path: pathlib.Path, *, part: int = 0) -> dict[str, str] | None:
     return found if found and exact else None
 
 
-def of_files(path: pathlib.Path, names: Iterable[str], *, flush: bool = False) -> dict[str, str]:
+class Ahead:
+    """Hashes files while others are still written, so that little is left to do at the end.
+
+    A digest counts for a file only if that is the same one, of the same size and time of change, when it is asked for.
+
+    Args:
+        find: The files that are whole by now, wherever they lie at the moment; asked again and again.
+    """
+
+    def __init__(self, find: Callable[[], Iterable[pathlib.Path]]) -> None:
+        self._find = find
+        self._known: dict[tuple[int, ...], str] = {}
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._work, name="jaxpar hash")
+        self._thread.start()
+
+    def end(self) -> dict[tuple[int, ...], str]:
+        """Hash no more files; what is known, by `_identity`."""
+        self._ended.set()
+        self._thread.join()
+        return self._known
+
+    def _work(self) -> None:
+        while not self._ended.is_set():
+            num = len(self._known)
+            with contextlib.suppress(OSError):  # what was found is renamed or deleted by now
+                for file in self._find():
+                    if self._ended.is_set():
+                        return
+                    self._hash(file)
+            if len(self._known) == num:
+                self._ended.wait(POLL_SECONDS)
+
+    def _hash(self, file: pathlib.Path) -> None:
+        identity = _identity(file)
+        if identity not in self._known:
+            digest = _of_file(file, flush=False)
+            if _identity(file) == identity:
+                self._known[identity] = digest
+
+
+def of_files(
+    path: pathlib.Path,
+    names: Iterable[str],
+    *,
+    flush: bool = False,
+    known: Mapping[tuple[int, ...], str] = types.MappingProxyType({}),
+) -> dict[str, str]:
     """The SHA-256 of each file in `path` called one of `names`, several at a time.
 
     Args:
         path: A checkpoint.
         names: As `files` gives them.
         flush: Have each file written down to the disk first.
+        known: Of files that were hashed before, by `Ahead`.
     Raises:
         OSError: A file cannot be read.
     """
@@ -63,7 +114,8 @@ def of_files(path: pathlib.Path, names: Iterable[str], *, flush: bool = False) -
             except IndexError:  # another thread took the last
                 return
             try:
-                sums[name] = _of_file(path / name, flush=flush)
+                digest = known.get(_identity(path / name)) if known else None
+                sums[name] = digest or _of_file(path / name, flush=flush)
             except OSError as error:
                 errors.append(error)
 
@@ -106,6 +158,11 @@ def _name(part: int) -> str:
 
 def _line(name: str, digest: str) -> str:
     return f"{digest}  {name}\n"
+
+
+def _identity(file: pathlib.Path) -> tuple[int, ...]:
+    found = file.stat(follow_symlinks=False)
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def _of_file(file: pathlib.Path, *, flush: bool) -> str:

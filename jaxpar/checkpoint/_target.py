@@ -1,5 +1,6 @@
 """Where one array goes: what is asked of the store for it, and how that becomes a leaf like the one given."""
 
+import math
 from typing import Any
 
 import jax
@@ -7,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec as P, SingleDeviceSharding
 
+from .._context import axes_at
 from .._errors import CheckpointError, listed
 from ._parts import is_key
 
@@ -84,6 +86,32 @@ def stack_of(num: int, layer: Asked) -> Asked:
     if isinstance(sharding, NamedSharding):
         sharding = NamedSharding(sharding.mesh, P(None, *sharding.spec), memory_kind=sharding.memory_kind)
     return jax.ShapeDtypeStruct((num, *layer.shape), layer.dtype, sharding=_known(sharding))
+
+
+def regrouped(stack: Asked, dims: int, lead: tuple[int, ...]) -> Asked:
+    """What to ask for a stack whose first `dims` dims count its layers, where these are `lead` in the store.
+
+    Its other dims lie as they do in the stack, and so do its layers if the last of `lead` can be split like them.
+    """
+    shape = (*lead, *stack.shape[dims:])
+    if isinstance(stack, np.ndarray):
+        return np.empty(shape, stack.dtype)
+    sharding = stack.sharding
+    if isinstance(sharding, NamedSharding):
+        entries = [*sharding.spec, *[None] * len(stack.shape)][: len(stack.shape)]
+        axes = tuple(axis for entry in entries[:dims] for axis in axes_at(entry))
+        fits = lead[-1] % math.prod(sharding.mesh.shape[axis] for axis in axes) == 0
+        first = [None] * (len(lead) - 1) + [axes if fits and axes else None]
+        spec = P(*first, *entries[dims:])
+        sharding = NamedSharding(sharding.mesh, spec, memory_kind=sharding.memory_kind)
+    return jax.ShapeDtypeStruct(shape, stack.dtype, sharding=_known(sharding))
+
+
+def as_asked(value: Any, asked: Asked) -> Any:
+    """`value`, read with its layers grouped otherwise, as it was asked for."""
+    if isinstance(asked, np.ndarray):
+        return np.reshape(value, asked.shape)
+    return jax.jit(lambda x: x.reshape(asked.shape), out_shardings=asked.sharding)(value)
 
 
 def _known(sharding: Any) -> Any:

@@ -1,3 +1,3 @@
-"""The command line: `jaxpar train|plan|verify|explain|export|compare|doctor`."""
+"""The command line: `jaxpar train|plan|verify|explain|export|compare|checkpoint|launch|status|doctor`."""
 
 from ._main import main as main

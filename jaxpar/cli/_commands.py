@@ -9,6 +9,7 @@ from tyro.conf import Positional, arg, subcommand
 from .._verify import verify
 from . import _compare, _doctor, _explain, _load, _train
 from ._checkpoint import Checkpoint
+from ._launch import Launch, Status
 
 RECIPE = (
     "MODULE:NAME of a jp.Recipe, or of a function that returns one, in your own code: `models.gpt:demo`. The working "
@@ -91,7 +92,7 @@ class Train:
     eval_every: int | None = None
     """Steps between evaluations; by default once, at the end."""
     every: str = "10min"
-    """When to save besides the end: `10min`, or steps, `100`."""
+    """When to save besides the end: `10min`, or steps, `100`, or both, `100,10min`."""
     seed: int = 0
     """Of the order of the data."""
     cache: pathlib.Path = pathlib.Path(".cache/jaxpar")
@@ -191,5 +192,7 @@ Command = (
     | Annotated[Export, subcommand("export")]
     | Annotated[Compare, subcommand("compare")]
     | Annotated[Checkpoint, subcommand("checkpoint")]
+    | Annotated[Launch, subcommand("launch")]
+    | Annotated[Status, subcommand("status")]
     | Annotated[Doctor, subcommand("doctor")]
 )

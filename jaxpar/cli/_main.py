@@ -1,5 +1,6 @@
 """How a command is started, and how an error reaches whoever typed it: one message, no traceback."""
 
+import dataclasses
 import logging
 import sys
 from collections.abc import Sequence
@@ -16,7 +17,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv` (by default that of the process) and return its exit code.
 
     0: done. 1: `verify` found a difference. 2: the command cannot be carried out, and one message says why
-    (`--traceback` adds where). 130 and 143: stopped by Ctrl-C or SIGTERM, saved.
+    (`--traceback` adds where). 75: stopped by SIGTERM or a preemption notice, saved: start it again. 130: stopped by
+    Ctrl-C, saved. 70: `launch` gave up.
 
     Example:
         >>> main(["plan", "models.mlp:mlp", "--mesh", "data=8", "--follow", "up.bias"])
@@ -24,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         ...
         0
     """
-    words = list(sys.argv[1:] if argv is None else argv)
+    words, after = split(list(sys.argv[1:] if argv is None else argv))
     show = TRACEBACK in words
     words = [word for word in words if word != TRACEBACK]
     if words == ["doctor"]:  # first, since whatever is imported next may be what is missing
@@ -33,6 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     import tyro
 
     from ._commands import Command
+    from ._launch import Launch
 
     command: Any = tyro.cli(
         Command,
@@ -41,6 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         description=f"Partition a model, prove the numbers, train. {TRACEBACK}: show where an error comes from.",
         config=(tyro.conf.configure(tyro.conf.OmitArgPrefixes),),
     )
+    if isinstance(command, Launch):
+        command = dataclasses.replace(command, command=tuple(after))
     logging.basicConfig(format="%(message)s", level=logging.INFO)
     logging.getLogger("absl").setLevel(logging.WARNING)
     try:
@@ -55,3 +60,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         if show:
             raise
         return 130
+
+
+def split(words: list[str]) -> tuple[list[str], list[str]]:
+    """The words before `--`, and after it the command that `jaxpar launch` starts: its options are its own.
+
+    Example:
+        >>> split(["launch", "-n", "4", "--", "python", "train.py", "-n", "2"])
+        (['launch', '-n', '4'], ['python', 'train.py', '-n', '2'])
+    """
+    at = words.index("--") if words[:1] == ["launch"] and "--" in words else len(words)
+    return words[:at], words[at + 1 :]

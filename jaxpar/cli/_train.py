@@ -7,6 +7,7 @@ import numpy as np
 
 from .. import data, run
 from .._cache import compilation_cache
+from .._cluster import initialize
 from .._errors import StepError
 from .._recipe import Program
 from . import _load
@@ -21,6 +22,7 @@ def train(command: "Train") -> int:
     Raises:
         StepError: The recipe's batch is not one of text, or its vocabulary too small.
     """
+    initialize()
     compilation_cache(command.cache / "compiled")
     program = _load.program(command.recipe, command.mesh)
     batch_size, seq_len = _shape(program, command.recipe)
@@ -37,7 +39,7 @@ def train(command: "Train") -> int:
         steps=command.steps,
         directory=command.directory,
         resume=command.resume,
-        every=command.every,
+        every=int(command.every) if command.every.isdigit() else command.every,
         eval_data=data.Loader(split.validation, batch_size=batch_size, seq_len=seq_len, seed=None, epochs=1),
         eval_every=command.eval_every,
         name=command.recipe,

@@ -23,6 +23,7 @@ from .._recipe import Program, Recipe
 from ..explain import Report
 from ..explain._estimate import estimate, in_microbatches, memory_of
 from ..explain._trace import Trace, key_of, trace
+from ..parallel import PP
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -115,6 +116,14 @@ class Search:
     def look(self, hardware: Hardware, axes: Mapping[str, int]) -> Candidate | Rejected:
         """The estimate of one mesh, with as few microbatches as fit; or why there is none."""
         target = hardware.name
+        stages = next((each.axis for each in self.recipe.strategies if isinstance(each, PP)), "")
+        if axes.get(stages, 1) > 1:
+            return Rejected(
+                target=target,
+                axes=dict(axes),
+                reason=f"{stages}={axes[stages]}: what a pipeline's stages wait and hold is not estimated; see "
+                "jp.explain of the program on that mesh",
+            )
         try:
             sizes: dict[str, Any] = dict(axes)
             mesh = _mesh.mesh(hardware, **sizes)

@@ -4,6 +4,8 @@ Therefore the state of a loader is its step, the same on every process and for a
 second epoch and a change of the number of processes need nothing else.
 """
 
+import functools as ft
+import logging
 import math
 import operator
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,6 +15,7 @@ import jax
 import numpy as np
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
+from .. import _processes
 from .._errors import DataError, listed
 from ._order import order
 from ._pack import Packed
@@ -49,6 +52,10 @@ class Loader:
     `sample`: int32 `[batch]`, the place of each sample in the line of all epochs (modulo 2^31), different for each
     sample in a batch: dropout keys fold it in. A `TokenFile` gives `tokens`, `labels`, `positions`, `segments` (int32)
     and `weights` (float32), each `[batch, seq_len]`; see `Packed`.
+
+    Where processes, or the axes of a plan, do not divide `batch_size`, rows of weight 0 fill it up, if samples
+    have a field `weights` or there are `epochs`. So a run that began over four processes goes on over three, with the
+    same samples in each step.
 
     Args:
         source: A `TokenFile`, or any random-access source of dicts of arrays.
@@ -99,12 +106,13 @@ class Loader:
         return None if self.epochs is None else -(-self._size * self.epochs // self.batch_size)
 
     def batch(self, step: int) -> Batch:
-        """This process's part of batch `step`, `[batch_size / process_count, ...]`, whatever came before.
+        """This process's part of batch `step`, `[batch_size / process_count, ...]` rounded up, whatever came before.
 
         Raises:
             DataError: The step is negative or beyond the end, or samples do not have one shape.
         """
-        return self._made(step, *self._part())
+        index, count = self._part()
+        return self._made(step, index, count, self._filled_for(count))
 
     def __iter__(self) -> Iterator[Batch]:
         return self
@@ -155,8 +163,8 @@ class Loader:
             depth: Batches that wait on the devices at most, beside the one in use.
 
         Raises:
-            DataError: The batch axes do not divide the batch, the devices of this process hold rows that are not one
-                part of it, or `process_index` was given and is another part.
+            DataError: The batch axes do not divide the batch and its samples have no `weights`, the devices of this
+                process hold rows that are not one part of it, or `process_index` was given and is another part.
         """
         if isinstance(plan.mesh, AbstractMesh):
             raise DataError(
@@ -165,15 +173,14 @@ class Loader:
             )
         axes = tuple(plan.batch_axes)
         parts = math.prod(plan.mesh.shape[axis] for axis in axes)
-        if self.batch_size % parts:
-            raise DataError(
-                f"batch_size={self.batch_size}: mesh axes {', '.join(axes)} split it in {parts}, which do not divide "
-                f"it. Use {_multiples(self.batch_size, parts)}."
-            )
+        size = self._filled(parts, f"mesh axes {', '.join(axes)} split it in {parts}, which do not divide it")
+        if size > self.batch_size:
+            text = "Batches of %d are filled up to %d by rows of weight 0, as mesh axes %s split them in %d."
+            _processes.say(logging.INFO, text, self.batch_size, size, ", ".join(axes), parts)
         sharding = NamedSharding(plan.mesh, PartitionSpec(axes) if axes else PartitionSpec())
-        held = sharding.addressable_devices_indices_map((self.batch_size,)).values()
-        rows = [index[0].indices(self.batch_size)[:2] for index in held if index is not None]
-        index, count = _part_of(rows, self.batch_size)
+        held = sharding.addressable_devices_indices_map((size,)).values()
+        rows = [index[0].indices(size)[:2] for index in held if index is not None]
+        index, count = _part_of(rows, size)
         if self.process_count is not None and (self.process_index, self.process_count) != (index, count):
             raise DataError(
                 f"process_index={self.process_index} of process_count={self.process_count} was given, but the devices "
@@ -186,10 +193,10 @@ class Loader:
             where = sharding
             if split is not None and split.splits(name, field.shape):
                 where = NamedSharding(plan.mesh, PartitionSpec(axes or None, split.axis))
-            return jax.make_array_from_process_local_data(where, field, (self.batch_size, *field.shape[1:]))
+            return jax.make_array_from_process_local_data(where, field, (size, *field.shape[1:]))
 
         def make(step: int) -> dict[str, jax.Array]:
-            made = self._made(step, index, count)
+            made = self._made(step, index, count, size)
             arranged = made if split is None else split.arrange(made)
             return {name: place(name, field) for name, field in arranged.items()}
 
@@ -205,18 +212,36 @@ class Loader:
         made = getattr(self.source, "fingerprint", None) or f"{type(self.source).__name__} of {self._size}"
         return {"version": 1, "source": made, "batch_size": self.batch_size, "seed": self.seed}
 
-    def _made(self, step: int, index: int, count: int) -> Batch:
+    def _filled(self, parts: int, why: str) -> int:
+        """Rows of a batch that is filled up so that `parts` divide it."""
+        size = -(-self.batch_size // parts) * parts
+        if size > self.batch_size and self.epochs is None and not self._is_weighted:
+            raise DataError(
+                f"batch_size={self.batch_size}: {why}. Use {_multiples(self.batch_size, parts)}; or give samples a "
+                "field 'weights', by which the loss counts them: rows of weight 0 then fill up each batch."
+            )
+        return size
+
+    @ft.cached_property
+    def _is_weighted(self) -> bool:
+        return "weights" in self.source[0]
+
+    def _filled_for(self, count: int) -> int:
+        return self._filled(count, f"it is over all processes, and {count} do not divide it")
+
+    def _made(self, step: int, index: int, count: int, size: int) -> Batch:
         if step < 0 or (self.num_steps is not None and step >= self.num_steps):
             end = "on" if self.num_steps is None else f"to {self.num_steps - 1}, the end of {self.epochs} epochs"
             raise DataError(f"There is no batch {step}: steps go from 0 {end}.")
-        local = self.batch_size // count
-        first = step * self.batch_size + index * local
-        stop = first + local if self.epochs is None else min(first + local, self._size * self.epochs)
-        places = np.arange(first, max(stop, first))
+        local = size // count
+        rows = np.arange(index * local, min((index + 1) * local, self.batch_size))
+        places = step * self.batch_size + rows
+        if self.epochs is not None:
+            places = places[places < self._size * self.epochs]
         wanted = places if places.size else np.array([0])  # a part that is all padding has the shape of any sample
         samples = [self.source[int(sample)] for sample in order(wanted, self._size, self.seed)]
         batch = {**_stack(samples), "sample": (wanted % _SAMPLES).astype(np.int32)}
-        if self.epochs is None:
+        if self.epochs is None and size == self.batch_size:
             return batch
         return pad_batch({name: field[: places.size] for name, field in batch.items()}, local)
 
@@ -228,11 +253,7 @@ class Loader:
                 f"process_index={index} of process_count={count}: indices go from 0 to {count - 1}. "
                 "Give both, or neither to take JAX's own."
             )
-        if self.batch_size % count:
-            raise DataError(
-                f"batch_size={self.batch_size} is over all processes, and {count} do not divide it. "
-                f"Use {_multiples(self.batch_size, count)}."
-            )
+        self._filled_for(count)
         return index, count
 
     def _check(self) -> None:

@@ -103,6 +103,8 @@ def what_fits(program: Program, traced: Trace, *, needed: int = 0) -> str:
         traced: From `trace(program)`.
         needed: What a compiler says that it needs: others are expected to need as much more than estimated.
     """
+    if program.plan.stage_axis is not None:
+        return ""  # a pipeline's own microbatches are no accumulation, and what stages hold is not estimated
     first = memory_of(program, traced)
     margin = max(1.0, needed / first.peak)
     for each in in_microbatches(program):
@@ -135,6 +137,7 @@ class _Estimate:
         notes = [
             "an estimate: nothing was compiled",
             *self.trace.notes,
+            *(["the stages of a pipeline are not in it: as if all ran all layers"] if self.plan.stage_axis else []),
             *(["the loss is not separable: gradients are reduced once a microbatch"] if self._reduces_each() else []),
         ]
         return Report(

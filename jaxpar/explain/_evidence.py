@@ -14,6 +14,7 @@ from typing import Any
 from .._hlo import Collective, MeshAxes, Module
 from .._hlo._module import _walk as walk
 from .._hlo._text import Op
+from .._hlo._varying import BATCH, Varying, argument_bits, bits_of
 from ._collectives import Row
 from ._compiled import Argument, Compiled
 from ._finding import Severity
@@ -21,7 +22,6 @@ from ._flow import Flow, Through, Trail, Value, reshaped
 from ._memory import Memory
 from ._paths import Paths
 from ._timeline import Timeline, mesh_of
-from ._varying import BATCH, Varying, argument_bits, bits_of
 
 SLIGHT, HEAVY = 0.005, 0.05
 """Shares of a step: what is below the first is not worth a line, what is above the second deserves a warning."""

@@ -118,6 +118,8 @@ class _Pool:
         if (each.kind, each.axes) != (want.move.kind, want.move.axes):
             return False
         tokens, rest = divmod(math.prod(each.shape), want.elements)
+        if each.kind == "all-to-all":  # how many choices a token has, and how much room there is, is not in the plan
+            return not rest and tokens > 0
         if rest or not tokens or not self.tokens:
             return not rest and tokens > 0
         is_microbatch = each.depth > want.record.layers  # in a loop over microbatches, of an unknown number
@@ -149,7 +151,16 @@ class _Pool:
         """What is expected of a step though no leaf moves: sums of numbers, and the two ends of a split vocabulary."""
         if each.kind == "all-reduce" and math.prod(each.shape) <= _FEW_NUMBERS:
             return self._sums(each)
-        return self._attention(each) or self._vocabulary(each)
+        return self._between_stages(each) or self._attention(each) or self._vocabulary(each)
+
+    def _between_stages(self, each: Collective) -> str:
+        """What a pipeline moves."""
+        if self.plan.stage_axis is None or each.axes != (self.plan.stage_axis,):
+            return ""
+        return {
+            "collective-permute": "activation to the next stage, or its gradient to the one before",
+            "all-reduce": "activation or gradient, between the stages and what is outside of them",
+        }.get(each.kind, "")
 
     def _attention(self, each: Collective) -> str:
         """How the parts of a sequence meet."""

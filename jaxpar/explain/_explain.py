@@ -28,6 +28,7 @@ from ._findings import find
 from ._flops import Flops, count, from_hlo
 from ._memory import Held, Memory, from_arguments, memory
 from ._report import Report
+from ._stages import pipeline, schedule_of
 from ._subject import Subject, subject
 from ._timeline import UNNAMED, mesh_of, predict
 from ._trace import trace
@@ -203,9 +204,10 @@ def assemble(
     compiled = dataclasses.replace(compiled, axes=part("mesh", lambda: mesh_of(module, compiled)) or compiled.axes)
     if flops is None and not compiled.refusal:
         flops = part("FLOPs", lambda: from_hlo(module, compiled))
-    timeline = part("timeline", lambda: predict(module, compiled))
+    timeline = part("timeline", lambda: predict(module, compiled, schedule_of(plan)))
     held = part("memory", lambda: from_arguments(compiled) if compiled.refusal else memory(module, compiled))
     table = part("collectives", lambda: rows(module, compiled, timeline, plan)) or ()
+    stages = None if compiled.refusal else part("pipeline", lambda: pipeline(plan, module, table))
     fits, needed = "", compiled.needed
     if not compiled.refusal and held is not None and held.limit and held.peak > held.limit:  # XLA:GPU does not refuse
         needed = held.peak
@@ -238,6 +240,7 @@ def assemble(
         flops=flops,
         timeline=timeline,
         collectives=table,
+        pipeline=stages,
         findings=findings or (),
         unread=tuple(dict.fromkeys(faults)),
         notes=notes,

@@ -3,12 +3,12 @@
 import math
 from collections.abc import Iterator, Sequence
 
+from .._hlo._varying import bits_of
 from ._compiled import Argument
 from ._evidence import HEAVY, Evidence, at, named, severity
 from ._finding import Finding
 from ._remedies import axis_to_split, fsdp, mesh, zero
 from ._units import size_text
-from ._varying import bits_of
 
 
 def unused_axes(seen: Evidence) -> Iterator[Finding]:

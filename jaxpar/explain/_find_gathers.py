@@ -5,11 +5,11 @@ from collections.abc import Iterator
 
 from .._hlo._text import Op
 from .._hlo._values import depends_on_device, slices_kept
+from .._hlo._varying import BATCH, bits_of
 from ._evidence import SLIGHT, Evidence, Transfer, a, at, counted, named, severity, shape_of, share_of
 from ._finding import Finding
 from ._flow import Value, reshaped
 from ._units import size_text
-from ._varying import BATCH, bits_of
 
 
 def gathered_whole(seen: Evidence) -> Iterator[Finding]:

@@ -84,7 +84,8 @@ def _tails(leaves: Iterable[str]) -> dict[tuple[str, ...], str]:
 
 _STRUCTURE = re.compile(
     r"while|body|cond|closed_call|checkpoint|rematted_computation|remat2?|eval_jaxpr|core_call|shard_map|pjit|scan|"
-    r"custom_[jv]+p_call(_jaxpr)?|custom_lin|linear_call|RngStream\.__call__|branch_\d+_fun|xla_call|pallas_call|main|update|vmap|jvp|transpose|call_exported"
+    r"custom_[jv]+p_call(_jaxpr)?|custom_lin|linear_call|RngStream\.__call__|branch_\d+_fun|xla_call|pallas_call|main|update|vmap|jvp|transpose|call_exported|"
+    r"pipeline_(enters|forward|leaves|backward|done)"
 )
 _WRAPPED = re.compile(r"([\w\-]*)\((.*)\)", re.DOTALL)
 _MERGED = re.compile(r"\([^(].*\)", re.DOTALL)

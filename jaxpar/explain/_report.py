@@ -16,6 +16,7 @@ from ._findings import Finding
 from ._flops import Flops
 from ._memory import Memory
 from ._report_diff import Difference, difference
+from ._stages import Pipeline
 from ._timeline import Timeline
 from ._traffic import Group, groups
 
@@ -55,6 +56,7 @@ class Report:
         flops: Likewise.
         timeline: Likewise: no speed is claimed for a CPU.
         collectives: In the order of the program.
+        pipeline: What its stages hold, send and wait for; `None` without stages.
         findings: Worst first.
         unread: What could not be read of the program.
         notes: What a reader should know.
@@ -76,6 +78,7 @@ class Report:
     flops: Flops | None = None
     timeline: Timeline | None = None
     collectives: tuple[Row, ...] = ()
+    pipeline: Pipeline | None = None
     findings: tuple[Finding, ...] = ()
     unread: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()

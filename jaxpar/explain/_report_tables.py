@@ -135,7 +135,7 @@ def why_no_time(report: "Report") -> str:
 
 def parts(report: "Report", *, whole: bool = False) -> list[Part]:
     """All subjects, short or whole."""
-    return [make(report, whole) for make in PARTS.values()]
+    return [make(report, whole) for name, make in PARTS.items() if name != "pipeline" or report.pipeline is not None]
 
 
 def _memory(report: "Report", whole: bool) -> Part:
@@ -421,6 +421,29 @@ def _time(report: "Report", whole: bool) -> Part:
     return Part(name="time", title="Time", lead=lead, tables=tuple(tables), notes=tuple(notes))
 
 
+def _pipeline(report: "Report", whole: bool) -> Part:
+    del whole  # it is short
+    found = report.pipeline
+    if found is None:
+        return Part(name="pipeline", title="Pipeline", lead="no stages")
+    ring = found.slots * found.slot_bytes
+    lead = (
+        f"{found.schedule}, over {found.axis}: bubble {share_text(found.bubble, 1)} of the ticks; a stage sends "
+        f"{size_text(found.sent_bytes)} a step and sets {size_text(ring)} aside for inputs"
+    )
+    rows = tuple(
+        (
+            f"stage {stage}",
+            number_text(used),
+            size_text(used * found.slot_bytes),
+            Bar(fraction=used / max(found.slots, 1)),
+        )
+        for stage, used in enumerate(found.held)
+    )
+    table = Table(titles=("", "inputs held at once", "bytes", f"of {found.slots}"), rows=rows, right=(1, 2))
+    return Part(name="pipeline", title="Pipeline", lead=lead, tables=(table,))
+
+
 def _busiest(line: Timeline) -> list[tuple[tuple[str, str], float, str]]:
     """Where the device computes longest: `((what, where), seconds, times)`, equal layers together."""
     events = [event for event in line.events if event.lane == "compute"]
@@ -472,6 +495,7 @@ def _findings(report: "Report", whole: bool) -> Part:
 
 PARTS: dict[str, Callable[["Report", bool], Part]] = {
     "time": _time,
+    "pipeline": _pipeline,
     "memory": _memory,
     "collectives": _collectives,
     "flops": _flops,

@@ -16,6 +16,8 @@ import numpy as np
 
 from .. import _hlo
 from .._hlo import Collective, MeshAxes, Module, Op
+from ..pipeline import Schedule as PipelineSchedule
+from ..pipeline._tick import WORK, times_of
 from ._coefficients import Coefficients, bounds, coefficients
 from ._compiled import Compiled
 from ._cost import Cost, cost, seconds
@@ -104,14 +106,15 @@ class Timeline:
     notes: tuple[str, ...] = ()
 
 
-def predict(module: Module, compiled: Compiled) -> Timeline | None:
+def predict(module: Module, compiled: Compiled, pipeline: PipelineSchedule | None = None) -> Timeline | None:
     """The timeline of one step of `compiled`, read as `module`; `None` for hardware of which no speed is known.
 
-    Never raises for what the text holds: what cannot be told is in `notes`.
+    Never raises for what the text holds: what cannot be told is in `notes`. With the schedule of its pipeline it is
+    known how often a stage takes each branch of a tick, and how often it waits for others that do.
     """
     if not compiled.hardware.hbm_bandwidth or not module.program.entry:
         return None
-    schedule = _Schedule(module, compiled)
+    schedule = _Schedule(module, compiled, pipeline)
     middle = _Run(schedule, coefficients(), record=True)
     middle.all()
     faster, slower = 0.0, 0.0
@@ -122,12 +125,12 @@ def predict(module: Module, compiled: Compiled) -> Timeline | None:
         step_seconds=middle.now,
         compute_seconds=middle.computing,
         communication_seconds=middle.communicating,
-        exposed_communication_seconds=middle.now - middle.computing,
-        bubble_seconds=0.0,
+        exposed_communication_seconds=middle.now - middle.computing - middle.waiting,
+        bubble_seconds=middle.waiting,
         low=middle.now - math.sqrt(faster),
         high=middle.now + math.sqrt(slower),
-        events=_folded(middle.events, middle.now),
-        ops=tuple(middle.ops.values()),
+        events=_folded(middle.counted(), middle.now),
+        ops=tuple(dataclasses.replace(each, count=round(middle.runs[place])) for place, each in middle.ops.items()),
         exposed=dict(middle.exposed),
         transfers={place: (each.seconds, each.wire_bytes, each.algorithm) for place, each in middle.transfers.items()},
         notes=tuple(dict.fromkeys((*schedule.notes, *middle.notes))),
@@ -166,8 +169,10 @@ class _Load:
 class _Schedule:
     """What the program is, whatever the coefficients: looked up once, run many times."""
 
-    def __init__(self, module: Module, compiled: Compiled) -> None:
+    def __init__(self, module: Module, compiled: Compiled, pipeline: PipelineSchedule | None) -> None:
         self.module = module
+        self.ticks = 0 if pipeline is None else pipeline.num_ticks
+        self.times = {} if pipeline is None else {WORK[each]: found for each, found in times_of(pipeline).items()}
         self.program = module.program
         self.hardware = compiled.hardware
         self.axes = mesh_of(module, compiled)
@@ -204,6 +209,12 @@ class _Schedule:
         if place not in self.named:
             self.named[place] = self.paths.of(self.module.origin(op)[0]).path
         return self.named[place]
+
+    def shares(self, branch: Op) -> tuple[float, float] | None:
+        """Of a branch of a pipeline's tick: in which share of ticks some stage takes it, and in which each does."""
+        names = self.module.origin(branch)[0].split("/") if self.times else ()
+        found = next((self.times[name] for name in names if name in self.times), None)
+        return None if found is None else (found[0] / self.ticks, found[1] / self.ticks)
 
     def trips(self, loop: Op) -> int | None:
         """How often a loop runs its body."""
@@ -313,19 +324,27 @@ class _Run:
         self.record = record
         self.now = 0.0
         self.computing = 0.0
+        self.waiting = 0.0  # for other stages
         self.communicating = 0.0
         self.free: dict[str, float] = {}  # when each side, network or memory is next free
         self.last: dict[str, _Load] = {}  # what used it last
         self.busy = 0.0  # until when some link is
-        self.weight = 1
+        self.weight = 1.0
         self.depth = 0
         self.pending: dict[object, tuple[float, _Load]] = {}
         self.took: dict[_Place, float] = {}  # by an operation, once reckoned
         self.transfers: dict[_Place, Transfer] = {}
         self.exposed: dict[_Place, float] = {}
         self.ops: dict[_Place, OpTime] = {}
+        self.runs: dict[_Place, float] = {}  # how often each of these runs
         self.events: list[Event] = []
+        self.repeats: list[float] = []  # how often each of these happens
         self.notes: list[str] = []
+
+    def counted(self) -> list[Event]:
+        """The events, with how often each happens."""
+        pairs = zip(self.events, self.repeats, strict=True)
+        return [dataclasses.replace(event, count=round(times)) for event, times in pairs if round(times)]
 
     def all(self) -> float:
         """The whole program; when it ends, all that it sent having arrived."""
@@ -367,7 +386,7 @@ class _Run:
         self._computation(bodies[0], above)
         if trips > 1:
             second, late = self.now, self._late()
-            del self.events[before:]
+            del self.events[before:], self.repeats[before:]
             self.weight = weight * (trips - 1)
             self._computation(bodies[0], above)
             passed, later = self.now - second, self._late()
@@ -390,17 +409,34 @@ class _Run:
     def _stretch(self, before: int, second: float, passed: float, begin: float, trips: int) -> None:
         """Draw one pass over the time of all."""
         factor = (self.now - begin) / passed if passed else 0.0
+        self._squeeze(before, second, begin, factor, factor)
+        self.repeats[before:] = [each * trips for each in self.repeats[before:]]
+
+    def _squeeze(self, before: int, second: float, begin: float, factor: float, length: float) -> None:
+        """Draw events that were drawn from `second` on from `begin` on, at other distances and lengths."""
         self.events[before:] = [
-            dataclasses.replace(
-                event,
-                start=begin + (event.start - second) * factor,
-                seconds=event.seconds * factor,
-                count=event.count * trips,
-            )
+            dataclasses.replace(event, start=begin + (event.start - second) * factor, seconds=event.seconds * length)
             for event in self.events[before:]
         ]
 
     def _branch(self, op: Op, above: tuple[str, ...]) -> None:
+        shares = self.schedule.shares(op)
+        if shares is None:
+            self._longest(op, above)
+            return
+        # Ticks are drawn alike: each holds its part of what all of them do.
+        some, own = shares
+        begin, before, weight = self.now, len(self.events), self.weight
+        self.weight = weight * own
+        self._longest(op, above)
+        self.weight = weight
+        passed = self.now - begin
+        self.waiting += passed * (some - own) * weight
+        self._wait(-passed * (1 - some))
+        self._squeeze(before, begin, begin, some, own)
+        self.repeats[before:] = [each * own for each in self.repeats[before:]]
+
+    def _longest(self, op: Op, above: tuple[str, ...]) -> None:
         branches = op.names("branch_computations") or (*op.names("true_computation"), *op.names("false_computation"))
         longest, name = 0.0, ""
         for branch in branches:
@@ -408,7 +444,7 @@ class _Run:
             probe._computation(branch, above)
             if probe.now > longest or not name:
                 longest, name = probe.now, branch
-        if len(branches) > 1:
+        if len(branches) > 1 and self.schedule.shares(op) is None:
             self.notes.append(f"{op.name}: of {len(branches)} branches the longest is taken")
         if name:
             self._computation(name, above)
@@ -473,12 +509,12 @@ class _Run:
         if took <= 0:
             return
         if self.record and (known := self.schedule.cost(op)) is not None:
-            earlier = self.ops.get(place)
+            self.runs[place] = self.runs.get(place, 0.0) + self.weight
             self.ops[place] = OpTime(
                 computation=op.computation,
                 name=op.name,
                 seconds=took,
-                count=self.weight + (earlier.count if earlier else 0),
+                count=1,
                 flops=known.flops,
                 bytes=known.bytes,
                 origin=known.origin,
@@ -554,6 +590,7 @@ class _Run:
 
     def _event(self, lane: str, start: float, took: float, name: str, op: Op | None) -> None:
         path = "" if op is None else self.schedule.path(op)
+        self.repeats.append(1.0)
         self.events.append(Event(lane=lane, start=start, seconds=took, count=1, name=name, path=path, depth=self.depth))
 
 

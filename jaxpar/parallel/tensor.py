@@ -16,7 +16,7 @@ from typing import ClassVar
 
 from .._errors import ShardingError
 from .._plan import SHARED
-from .._rules import Draft, Leaf, check_patterns, fold_layers, is_called_embedding, matches, way_out
+from .._rules import Draft, Leaf, check_patterns, fold_layers, is_called_embedding, matches, role_of, way_out
 from .._strategy import Strategy
 
 SPLIT_NAMES = ("heads", "kv", "mlp", "vocab")
@@ -130,7 +130,7 @@ class TP(Strategy):
             )
             return []
         if not kinds:
-            leaf.role = _role_of(leaf.names or (), named)
+            leaf.role = role_of(leaf.names or (), named)
             return [(dim, f"its dim {(leaf.names or ())[dim]!r}") for dim in named]
         kind, pattern = found[0]
         dim = split_dim_of(leaf, kind)
@@ -206,13 +206,6 @@ def split_dim_of(leaf: Leaf, kind: str) -> int | None:
     if _is_convolution(leaf) or leaf.owner == "Linear":  # a Linear of 3 dims is vmapped
         return leaf.ndim - (2 if kind == "row" else 1)
     return int(kind == "column")
-
-
-def _role_of(names: Sequence[str | None], split: Sequence[int]) -> str:
-    """Whether dims named so make a matrix whose outputs are split or whose inputs are: `("embed", "mlp")` is column."""
-    if not split or "embed" not in names or names[split[0]] == "vocab":
-        return ""
-    return "column" if names.index("embed") < split[0] else "row"
 
 
 def _is_convolution(leaf: Leaf) -> bool:

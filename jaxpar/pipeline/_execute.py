@@ -19,6 +19,7 @@ Shapes: m microbatches, R replicas, p stages, v chunks, n layers of a chunk, b r
 """
 
 import dataclasses
+import functools as ft
 import math
 from collections.abc import Callable
 from typing import Any
@@ -30,9 +31,9 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from .._errors import ShardingError, StepError
-from .._types import Axes, PyTree
+from .._types import AnyMesh, Axes, PyTree
 from ._schedule import Schedule
-from ._tick import BY_STAGE, ticks_of
+from ._tick import BY_STAGE, WORK, ticks_of
 
 P = PartitionSpec
 
@@ -41,15 +42,21 @@ P = PartitionSpec
 class Model:
     """A model as a pipeline sees it: equal blocks between two ends.
 
+    A *stream* is what blocks hand on: an array or any pytree of them, integers and random-number keys too.
+
     Attributes:
-        embed: `embed(ends, microbatch)`: the activation [rows, ...] that enters the first block.
-        block: `block(layer, x, microbatch)`: one layer; returns what it takes.
-        loss: `loss(ends, x, microbatch)`: the sum of the losses of a microbatch, and the sum of its weights.
+        embed: `embed(ends, microbatch)`: the stream that enters the first block.
+        block: `block(layer, stream, given)`: one layer; returns what it takes.
+        loss: `loss(ends, stream, microbatch)`: the sum of the losses of a microbatch, and the sum of its weights, or
+            any pytree of scalars to be added up.
+        given: `given(fixed, microbatch)`: what every block gets beside its stream; the microbatch if not said.
+            Computed by each stage for itself.
     """
 
-    embed: Callable[[PyTree, PyTree], jax.Array]
-    block: Callable[[PyTree, jax.Array, PyTree], jax.Array]
-    loss: Callable[[PyTree, jax.Array, PyTree], tuple[jax.Array, jax.Array]]
+    embed: Callable[[PyTree, PyTree], PyTree]
+    block: Callable[[PyTree, PyTree, PyTree], PyTree]
+    loss: Callable[[PyTree, PyTree, PyTree], tuple[jax.Array, PyTree]]
+    given: Callable[[PyTree, PyTree], PyTree] = lambda fixed, microbatch: microbatch
 
 
 def value_and_grad(
@@ -58,7 +65,7 @@ def value_and_grad(
     """A function that gives the mean loss of a batch and its gradients, computed in a pipeline.
 
     `ends` are the parameters outside of the blocks, used by `embed` or `loss` or both (tied ones get the sum of both
-    gradients). `blocks` are those of the layers, stacked on a leading dim. Moves, a tick: one activation to the next
+    gradients). `blocks` are those of the layers, stacked on a leading dim. Moves, a tick: one stream to the next
     stage and one gradient to the one before; what enters and leaves goes to all stages, so that the ends may be split
     over them. Gradients cross the axes of replicas once a call. Other axes of the mesh are the compiler's.
 
@@ -89,17 +96,63 @@ def value_and_grad(
         >>> ends.shape, blocks.shape
         ((4, 8), (6, 8, 8))
     """
-    _check(schedule, mesh, axis, replicas)
-    return _Run(model, schedule, mesh, axis, replicas)
+    run = Run(model=model, schedule=schedule, mesh=mesh, axis=axis, replicas=replicas)
+
+    def call(ends: PyTree, blocks: PyTree, batch: PyTree) -> tuple[jax.Array, tuple[PyTree, PyTree]]:
+        found = run.gradients(ends, blocks, _microbatches(batch, schedule.microbatches, run.count))
+        # The one reduction over replicas.
+        total, weight, *gradients = jax.tree.map(lambda leaf: leaf.sum(0), (*found.sums, found.ends, found.blocks))
+        return total / weight, tuple(
+            jax.tree.map(lambda leaf: leaf / weight.astype(leaf.dtype), each) for each in gradients
+        )
+
+    return call
 
 
-@dataclasses.dataclass(frozen=True)
-class _Run:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Found:
+    """What a pipeline adds up over microbatches, each replica apart: every array has a leading dim of replicas.
+
+    Attributes:
+        sums: `(sum of the losses, what else the loss returns)`.
+        ends: Gradients of the sum.
+        blocks: The same, of the blocks.
+    """
+
+    sums: tuple[jax.Array, PyTree]
+    ends: PyTree
+    blocks: PyTree
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Run:
+    """A model, a schedule and a mesh, to be called within one program.
+
+    Attributes:
+        model: What is computed.
+        schedule: In which order.
+        mesh: Where.
+        axis: The axis of the stages.
+        replicas: Axes over which gradients are kept apart.
+        layer_dims: Leading dims of the blocks that count layers: 1, or 2 for `[chunks, layers of a chunk]`, of which
+            the second may be split over `axis` without anything to move.
+        specs: Where the gradients lie while they add up, `(ends, blocks)`: for each leaf a spec without replicas, the
+            layers' dims of the blocks left out. By default as the compiler likes.
+
+    Raises:
+        ShardingError: As `value_and_grad`.
+    """
+
     model: Model
     schedule: Schedule
-    mesh: Mesh
-    axis: str
-    replicas: Axes
+    mesh: AnyMesh
+    axis: str = "pipe"
+    replicas: Axes = ()
+    layer_dims: int = 1
+    specs: tuple[PyTree, PyTree] | None = None
+
+    def __post_init__(self) -> None:
+        _check(self.schedule, self.mesh, self.axis, self.replicas)
 
     @property
     def count(self) -> int:
@@ -111,223 +164,403 @@ class _Run:
         """The axes of the regions."""
         return (*self.replicas, self.axis)
 
-    def __call__(self, ends: PyTree, blocks: PyTree, batch: PyTree) -> tuple[jax.Array, tuple[PyTree, PyTree]]:
-        parts = self._parts(blocks)
-        micro = self._microbatches(batch)
-        x = jax.eval_shape(self.model.embed, ends, jax.tree.map(lambda leaf: leaf[0, 0], micro))
-        ticks = ticks_of(self.schedule)
+    def gradients(
+        self, ends: PyTree, blocks: PyTree, micro: PyTree, *, held: PyTree = None, fixed: PyTree = None
+    ) -> Found:
+        """Sums and gradients of all microbatches.
+
+        Args:
+            ends: Parameters outside of the blocks.
+            blocks: Those of the layers, stacked.
+            micro: The batch as `[microbatches, replicas, rows, ...]`.
+            held: More of the layers, stacked alike, that has no gradient; a block then gets the pair of both.
+            fixed: For `model.given`: arrays that are the same for all microbatches.
+        """
+        parts, held = self._parts(blocks), self._parts(held)
+        form = self._form(ends, micro)
         rings = self.schedule.buffers
         stage = P(self.replicas, self.axis)
-
-        def zeros(shape: tuple[int, ...], spec: PartitionSpec, dtype: Any) -> jax.Array:
-            free = [P.UNCONSTRAINED] * (len(shape) - len(spec))
-            return lax.with_sharding_constraint(jnp.zeros(shape, dtype), NamedSharding(self.mesh, P(*spec, *free)))
-
         lead = (self.count, self.schedule.stages)
         carry = {
-            "came": zeros((*lead, *x.shape), stage, x.dtype),
-            "returned": zeros((*lead, *x.shape), stage, x.dtype),
-            "inputs": zeros((*lead, rings.inputs.size, *x.shape), stage, x.dtype),
-            "gradients": zeros((*lead, rings.gradients.size, *x.shape), stage, x.dtype),
-            "blocks": jax.tree.map(
-                lambda leaf: zeros((self.count, *leaf.shape), P(self.replicas, None, self.axis), _wide(leaf.dtype)),
-                parts,
+            **self._streams(form, self.schedule.room),
+            "returned": [self._zeros((*lead, *x.shape), stage, x.dtype) for x in form.both[0]],
+            "gradients": [self._zeros((*lead, rings.gradients.size, *x.shape), stage, x.dtype) for x in form.both[0]],
+            "blocks": self._pin_blocks(
+                jax.tree.map(lambda leaf: jnp.zeros((self.count, *leaf.shape), _wide(leaf.dtype)), parts)
             ),
-            "ends": jax.tree.map(
-                lambda leaf: zeros((self.count, *leaf.shape), P(self.replicas), _wide(leaf.dtype)), ends
+            "ends": self._pin_ends(
+                jax.tree.map(lambda leaf: jnp.zeros((*form.lead, *leaf.shape), _wide(leaf.dtype)), ends), form
             ),
-            "sums": zeros((self.count, 2), P(self.replicas), jnp.float32),
+            "sums": self._sums(ends, form, micro),
         }
+        ticks = ticks_of(self.schedule)
         rows = {field.name: getattr(ticks, field.name) for field in dataclasses.fields(ticks)}
-        tick = self._tick(ends, parts, micro, x)
-        carry, _ = lax.scan(tick, carry, rows)
-        # The one reduction over replicas.
-        ends_sum, blocks_sum, sums = jax.tree.map(
-            lambda leaf: leaf.sum(0), (carry["ends"], carry["blocks"], carry["sums"])
+        carry, _ = lax.scan(self._tick(ends, parts, held, fixed, micro, form), carry, rows)
+        # Where rows are split over the stages, so are these sums: one reduction over them, after the scan.
+        sums, ends_sum = jax.tree.map(
+            lambda leaf: leaf.sum(1) if form.is_split else leaf, (carry["sums"], carry["ends"])
         )
-        whole = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[3:]), blocks_sum)
-        total, weight = sums
-        return total / weight, jax.tree.map(lambda leaf: leaf / weight.astype(leaf.dtype), (ends_sum, whole))
+        return Found(sums=sums, ends=ends_sum, blocks=self._whole(carry["blocks"], blocks))
+
+    def forward(
+        self, ends: PyTree, blocks: PyTree, micro: PyTree, *, held: PyTree = None, fixed: PyTree = None
+    ) -> tuple[jax.Array, PyTree]:
+        """The sums alone, by the forwards of the schedule."""
+        parts, held = self._parts(blocks), self._parts(held)
+        form = self._form(ends, micro)
+        carry = {**self._streams(form, self.schedule.room), "sums": self._sums(ends, form, micro)}
+        ticks = ticks_of(self.schedule)
+        last = 1 + int(np.flatnonzero((ticks.forward >= 0).any(axis=1))[-1])
+        rows = {field.name: getattr(ticks, field.name)[:last] for field in dataclasses.fields(ticks)}
+        carry, _ = lax.scan(self._forward_tick(ends, parts, held, fixed, micro, form), carry, rows)
+        return jax.tree.map(lambda leaf: leaf.sum(1) if form.is_split else leaf, carry["sums"])
+
+    def _zeros(self, shape: tuple[int, ...], spec: PartitionSpec, dtype: Any) -> jax.Array:
+        return self._constrained(jnp.zeros(shape, dtype), spec)
+
+    def _constrained(self, leaf: jax.Array, spec: PartitionSpec) -> jax.Array:
+        """`leaf` with its first dims as `spec` says, the others as the compiler likes."""
+        free = [P.UNCONSTRAINED] * (leaf.ndim - len(spec))
+        return lax.with_sharding_constraint(leaf, NamedSharding(self.mesh, P(*spec, *free)))
+
+    def _streams(self, form: "_Form", size: int) -> dict[str, Any]:
+        """What came, and the ring of inputs, both empty."""
+        lead, stage = (self.count, self.schedule.stages), P(self.replicas, self.axis)
+        return {
+            "came": jax.tree.map(lambda x: self._zeros((*lead, *x.shape), stage, x.dtype), form.both),
+            "inputs": jax.tree.map(lambda x: self._zeros((*lead, size, *x.shape), stage, x.dtype), form.both),
+        }
+
+    def _form(self, ends: PyTree, micro: PyTree) -> "_Form":
+        """The form of the stream; with rows split over the stages where all of it and of the batch has rows."""
+        p = self.schedule.stages
+        shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[2:], leaf.dtype), micro)
+        whole = _Form.of(jax.eval_shape(self.model.embed, ends, shapes))
+        whole = dataclasses.replace(whole, lead=(self.count,))
+        rows = {leaf.shape[:1] for leaf in jax.tree.leaves((shapes, whole.both))}
+        placed = [] if self.specs is None else jax.tree.leaves(self.specs[0], is_leaf=lambda spec: isinstance(spec, P))
+        is_vocabulary_split = any(self.axis in jax.tree.leaves(tuple(spec)) for spec in placed)
+        if p == 1 or len(rows) > 1 or is_vocabulary_split or any(not each or each[0] % p for each in rows):
+            return whole
+        fewer = lambda x: jax.ShapeDtypeStruct((x.shape[0] // p, *x.shape[1:]), x.dtype)
+        part = _Form.of(jax.eval_shape(self.model.embed, ends, jax.tree.map(fewer, shapes)))
+        if part.both != jax.tree.map(fewer, whole.both):
+            return whole
+        return dataclasses.replace(whole, lead=(self.count, p))
+
+    def _split(self, tree: PyTree, form: "_Form", before: int = 0) -> PyTree:
+        """Arrays [R, b, ...] as [R, p, b / p, ...], rows dealt out to the stages in turn; nothing moves.
+
+        In turn, for the rows may be split over other axes already: of each of their pieces every stage takes a part.
+
+        Args:
+            tree: Arrays.
+            form: Says whether rows are split.
+            before: Dims before that of replicas.
+        """
+        if not form.is_split:
+            return tree
+        at, p = before + 1, self.schedule.stages
+
+        def one(leaf: jax.Array) -> jax.Array:
+            rows = leaf.reshape(*leaf.shape[:at], leaf.shape[at] // p, p, *leaf.shape[at + 1 :])
+            return self._constrained(jnp.moveaxis(rows, at + 1, at), P(*[None] * before, self.replicas, self.axis))
+
+        return jax.tree.map(one, tree)
+
+    def _joined(self, tree: PyTree, form: "_Form") -> PyTree:
+        """The inverse of `_split`."""
+
+        def one(leaf: jax.Array) -> jax.Array:
+            rows = jnp.moveaxis(leaf, 1, 2)
+            return rows.reshape(rows.shape[0], -1, *rows.shape[3:])
+
+        return jax.tree.map(one, tree) if form.is_split else tree
+
+    def _sums(self, ends: PyTree, form: "_Form", micro: PyTree) -> Any:
+        """Zeros for the sum of the losses and what comes with it."""
+
+        def one(ends: PyTree, both: Any, micro: PyTree) -> Any:
+            return self.model.loss(ends, form.together(*both), micro)
+
+        shapes = jax.eval_shape(one, ends, form.both, jax.tree.map(lambda leaf: leaf[0, 0], micro))
+        spec = P(*self._lead(form))
+        return jax.tree.map(lambda x: self._zeros((*form.lead, *x.shape), spec, _wide(x.dtype)), tuple(shapes))
+
+    def _lead(self, form: "_Form") -> tuple[Any, ...]:
+        """The axes of the leading dims of what the ends add up."""
+        return (self.replicas, self.axis) if form.is_split else (self.replicas,)
 
     def _parts(self, blocks: PyTree) -> PyTree:
         """Layers as [v, p, n, ...]: part `c * p + i` is chunk c of stage i."""
-        p, v = self.schedule.stages, self.schedule.chunks
-        counts = {int(leaf.shape[0]) for leaf in jax.tree.leaves(blocks)}
-        if len(counts) != 1:
+        p, v, dims = self.schedule.stages, self.schedule.chunks, self.layer_dims
+        counts = {math.prod(leaf.shape[:dims]) for leaf in jax.tree.leaves(blocks)}
+        if len(counts) > 1:
             raise ShardingError(f"pipeline: the arrays of the blocks have {sorted(counts)} layers; stack equally many.")
-        (layers,) = counts
-        if layers % (p * v):
-            below = layers // (p * v) * (p * v)
-            raise ShardingError(
-                f"pipeline: {layers} layers do not divide into {p} stages of {v} {'chunk' if v == 1 else 'chunks'}. "
-                f"Use {f'{below} or ' if below else ''}{below + p * v} layers, or other stages or chunks."
-            )
-        return jax.tree.map(lambda leaf: leaf.reshape(v, p, layers // (p * v), *leaf.shape[1:]), blocks)
+        for layers in counts:
+            check_layers(layers, p, v, "pipeline")
+        return jax.tree.map(lambda leaf: leaf.reshape(v, p, -1, *leaf.shape[dims:]), blocks)
 
-    def _microbatches(self, batch: PyTree) -> PyTree:
-        """Rows as [m, R, b, ...]: each replica splits its own rows, and none of them moves."""
-        m, count = self.schedule.microbatches, self.count
-        rows = {int(leaf.shape[0]) for leaf in jax.tree.leaves(batch)}
-        if len(rows) != 1:
-            raise StepError(f"pipeline: the arrays of the batch have {sorted(rows)} rows; give each the same number.")
-        (number,) = rows
-        if number % (m * count):
-            below = number // (m * count) * (m * count)
-            over = f" over {count} replicas" if count > 1 else ""
-            raise StepError(
-                f"pipeline: a batch of {number} rows does not divide into {m} microbatches{over}. Use "
-                f"{f'{below} or ' if below else ''}{below + m * count} rows, or another number of microbatches."
-            )
+    def _whole(self, parts: PyTree, blocks: PyTree) -> PyTree:
+        """Sums [R, v, p, n, ...] in the shapes of `blocks`, after the dim of replicas."""
+        return jax.tree.map(lambda part, leaf: part.reshape(self.count, *leaf.shape), parts, blocks)
 
-        def one(leaf: jax.Array) -> jax.Array:
-            split = leaf.reshape(count, m, number // m // count, *leaf.shape[1:])
-            return jnp.swapaxes(split, 0, 1)
+    def _pin_ends(self, sums: PyTree, form: "_Form") -> PyTree:
+        lead = self._lead(form)
+        if self.specs is None:
+            return jax.tree.map(lambda leaf: self._constrained(leaf, P(*lead)), sums)
+        place = lambda leaf, spec: lax.with_sharding_constraint(leaf, NamedSharding(self.mesh, P(*lead, *spec)))
+        return jax.tree.map(place, sums, self.specs[0])
 
-        return jax.tree.map(one, batch)
+    def _pin_blocks(self, sums: PyTree) -> PyTree:
+        lead = (self.replicas, None, self.axis)
+        if self.specs is None:
+            return jax.tree.map(lambda leaf: self._constrained(leaf, P(*lead)), sums)
+        place = lambda leaf, spec: lax.with_sharding_constraint(leaf, NamedSharding(self.mesh, P(*lead, None, *spec)))
+        return jax.tree.map(place, sums, self.specs[1])
 
-    def _tick(self, ends: PyTree, parts: PyTree, micro: PyTree, x: Any) -> Callable[[Any, Any], Any]:
-        p, v = self.schedule.stages, self.schedule.chunks
-        each = P(self.replicas)
-        stage = P(self.replicas, self.axis)
-        ring = [(i, (i + 1) % p) for i in range(p)][: p if v > 1 else p - 1]
-        back = [(after, before) for before, after in ring]
-        some = jax.ShapeDtypeStruct((self.count, *x.shape), x.dtype)
+    def _region(self, body: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
+        return jax.shard_map(body, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, axis_names=set(self.manual))
 
-        def region(body: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
-            return jax.shard_map(
-                body, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, axis_names=set(self.manual)
-            )
+    @property
+    def _ring(self) -> list[tuple[int, int]]:
+        p = self.schedule.stages
+        return [(i, (i + 1) % p) for i in range(p)][: p if self.schedule.chunks > 1 else p - 1]
 
-        def through(layers: PyTree, x: jax.Array, here: PyTree) -> jax.Array:
-            return lax.scan(lambda x, layer: (self.model.block(layer, x, here), None), x, layers)[0]
+    def _given(self, fixed: PyTree, micro: PyTree, index: jax.Array) -> PyTree:
+        """What the blocks of this replica get for a microbatch."""
+        return self.model.given(fixed, _one(micro, index))
 
-        def forward(row: Any, shared: Any, parts: Any, micro: Any, came: Any, entered: Any, inputs: Any) -> Any:
-            parts, micro, entered = self._vary((parts, micro, entered))
+    def _through(self, form: "_Form", layers: PyTree, both: Any, given: PyTree) -> Any:
+        """A stream, taken apart, through the layers of one chunk."""
+
+        def step(both: Any, layer: PyTree) -> tuple[Any, None]:
+            layer = layer[0] if layer[1] is None else layer
+            return self._vary(form.apart(self.model.block(layer, form.together(*both), given))), None
+
+        return lax.scan(step, both, layers)[0]
+
+    def _run_forward(self, form: "_Form") -> Callable[..., Any]:
+        """The region that takes in what came and runs one forward."""
+        p = self.schedule.stages
+
+        def forward(
+            row: Any, shared: Any, parts: Any, fixed: Any, micro: Any, came: Any, entered: Any, inputs: Any
+        ) -> Any:
+            parts, fixed, micro, entered = self._vary((parts, fixed, micro, entered))
             row = {name: self._vary(value[0]) for name, value in row.items()}
             is_first = lax.axis_index(self.axis) == 0
-            inputs = _write(inputs[0, 0], row["arrives"], came[0, 0])
-            inputs = _write(inputs, jnp.where(is_first, shared["enters_slot"], -1), entered[0])
-            x = _at(inputs, row["forward_slot"])
-            here = _one(micro, row["forward"])
+            enters_slot = jnp.where(is_first, shared["enters_slot"], -1)
 
-            def run(x: jax.Array, here: PyTree) -> jax.Array:
-                return through(_chunk(parts, row["forward_chunk"]), x, here)
+            def take_in(ring: jax.Array, came: jax.Array, entered: jax.Array) -> jax.Array:
+                return _write(_write(ring, row["arrives"], came), enters_slot, entered[None])
 
-            y = lax.cond(row["forward"] >= 0, run, lambda x, here: self._vary(jnp.zeros_like(x)), x, here)
+            inputs = jax.tree.map(take_in, inputs, came, entered)
+            x = jax.tree.map(lambda ring: _read(ring, row["forward_slot"]), inputs)
+            given = self._vary(self._given(fixed, micro, row["forward"]))
+
+            def run(x: Any, given: PyTree) -> Any:
+                return self._through(form, _chunk(parts, row["forward_chunk"]), x, given)
+
+            def skip(x: Any, *_: Any) -> Any:
+                return self._vary(jax.tree.map(jnp.zeros_like, x))
+
+            with jax.named_scope(WORK["forward"]):
+                y = lax.cond(row["forward"] >= 0, run, skip, x, given)
             is_last = lax.axis_index(self.axis) == p - 1
-            left = lax.cond(shared["leaves"] >= 0, lambda y: self._only(y, is_last), self._nothing, y)
-            return inputs[None, None], y[None, None], left[None]
+            with jax.named_scope(WORK["leaves"]):
+                left = lax.cond(shared["leaves"] >= 0, lambda y: self._only(y, is_last), self._nothing, y)
+            lead = lambda tree: jax.tree.map(lambda leaf: leaf[None, None], tree)
+            return inputs, lead(y), jax.tree.map(lambda leaf: leaf[None], left)
+
+        stage, each = P(self.replicas, self.axis), P(self.replicas)
+        pieces, here = P(None, self.axis), P(None, self.replicas)
+        return self._region(forward, (P(self.axis), P(), pieces, P(), here, stage, each, stage), (stage, stage, each))
+
+    def _run_backward(self, form: "_Form") -> Callable[..., Any]:
+        """The region that runs one backward and hands both results to the neighbours."""
+        p, ring = self.schedule.stages, self._ring
+        back = [(after, before) for before, after in ring]
 
         def backward(
-            row: Any, shared: Any, parts: Any, micro: Any, y: Any, returned: Any, leaving: Any, inputs: Any,
-            gradients: Any, sums: Any,
+            row: Any, shared: Any, parts: Any, fixed: Any, micro: Any, y: Any, returned: Any, leaving: Any,
+            inputs: Any, gradients: Any, sums: Any,
         ) -> Any:  # fmt: skip
-            parts, micro, leaving = self._vary((parts, micro, leaving))
+            parts, fixed, micro, leaving = self._vary((parts, fixed, micro, leaving))
             row = {name: self._vary(value[0]) for name, value in row.items()}
             is_last = lax.axis_index(self.axis) == p - 1
-            gradients = _write(gradients[0, 0], row["returns"], returned[0, 0])
-            gradients = _write(gradients, jnp.where(is_last, shared["leaves_slot"], -1), leaving[0])
-            x, gradient = _at(inputs[0, 0], row["backward_slot"]), _at(gradients, row["gradient_slot"])
-            sums = jax.tree.map(lambda leaf: leaf[0, :, 0], sums)
-            here = _one(micro, row["backward"])
+            leaves_slot = jnp.where(is_last, shared["leaves_slot"], -1)
 
-            def run(x: jax.Array, gradient: jax.Array, sums: PyTree, here: PyTree) -> Any:
+            def take_in(ring: jax.Array, returned: jax.Array, leaving: jax.Array) -> jax.Array:
+                return _write(_write(ring, row["returns"], returned), leaves_slot, leaving[None])
+
+            gradients = jax.tree.map(take_in, gradients, returned, leaving)
+            floats, others = jax.tree.map(lambda ring: _read(ring, row["backward_slot"]), inputs)
+            gradient = jax.tree.map(lambda ring: _read(ring, row["gradient_slot"]), gradients)
+            sums = jax.tree.map(lambda leaf: leaf[0, :, 0], sums)
+            given = self._vary(self._given(fixed, micro, row["backward"]))
+
+            def run(floats: Any, others: Any, gradient: Any, sums: PyTree, given: PyTree) -> Any:
                 chunk = row["backward_chunk"]
-                _, pull = jax.vjp(lambda layers, x: through(layers, x, here), _chunk(parts, chunk), x)
+                layers, held = _chunk(parts, chunk)
+
+                def stage(layers: PyTree, floats: Any) -> Any:
+                    return self._through(form, (layers, held), (floats, others), given)[0]
+
+                _, pull = jax.vjp(stage, layers, floats)
                 more, dx = pull(gradient)
                 add = lambda total, part: lax.dynamic_update_index_in_dim(
                     total, _at(total, chunk) + part.astype(total.dtype), chunk, 0
                 )
-                return dx, jax.tree.map(add, sums, more)
+                return self._vary(dx), jax.tree.map(add, sums, more)
 
-            skip = lambda x, gradient, sums, here: (self._vary(jnp.zeros_like(x)), sums)
-            dx, sums = lax.cond(row["backward"] >= 0, run, skip, x, gradient, sums, here)
+            def skip(floats: Any, others: Any, gradient: Any, sums: PyTree, *_: Any) -> Any:  # noqa: ARG001
+                return self._vary(jax.tree.map(jnp.zeros_like, floats)), sums
+
+            with jax.named_scope(WORK["backward"]):
+                dx, sums = lax.cond(row["backward"] >= 0, run, skip, floats, others, gradient, sums, given)
             is_first = lax.axis_index(self.axis) == 0
-            done = lax.cond(shared["done"] >= 0, lambda dx: self._only(dx, is_first), self._nothing, dx)
-            came, returned = y, dx[None, None]
+            with jax.named_scope(WORK["done"]):
+                done = lax.cond(shared["done"] >= 0, lambda dx: self._only(dx, is_first), self._nothing, dx)
+            came, returned = y, jax.tree.map(lambda leaf: leaf[None, None], dx)
             if ring:
-                came, returned = lax.ppermute(came, self.axis, ring), lax.ppermute(returned, self.axis, back)
+                came = jax.tree.map(lambda leaf: lax.ppermute(leaf, self.axis, ring), came)
+                returned = jax.tree.map(lambda leaf: lax.ppermute(leaf, self.axis, back), returned)
             return (
                 came,
                 returned,
-                gradients[None, None],
+                gradients,
                 jax.tree.map(lambda leaf: leaf[None, :, None], sums),
-                done[None],
+                jax.tree.map(lambda leaf: leaf[None], done),
             )
 
-        pieces = P(None, self.axis)
-        here = P(None, self.replicas)
-        total = P(self.replicas, None, self.axis)
-        run_forward = region(forward, (P(self.axis), P(), pieces, here, stage, each, stage), (stage, stage, each))
-        run_backward = region(
+        stage, each = P(self.replicas, self.axis), P(self.replicas)
+        pieces, here, total = P(None, self.axis), P(None, self.replicas), P(self.replicas, None, self.axis)
+        return self._region(
             backward,
-            (P(self.axis), P(), pieces, here, stage, stage, each, stage, stage, total),
+            (P(self.axis), P(), pieces, P(), here, stage, stage, each, stage, stage, total),
             (stage, stage, stage, total, each),
         )
 
-        def one(index: jax.Array) -> PyTree:
-            return jax.tree.map(lambda leaf: _at(leaf, index), micro)
+    def _enter(self, ends: PyTree, form: "_Form", micro: PyTree, row: Any) -> Any:
+        """The stream that enters in this tick, zeros if none does; `micro` split."""
+        embed = self._mapped(lambda ends, entering: form.apart(self.model.embed(ends, entering)), form)
+
+        def nothing(*_: Any) -> Any:
+            return jax.tree.map(lambda x: jnp.zeros((self.count, *x.shape), x.dtype), form.both)
+
+        with jax.named_scope(WORK["enters"]):
+            return lax.cond(
+                row["enters"] >= 0,
+                lambda entering: self._joined(embed(ends, entering), form),
+                nothing,
+                _of(micro, row["enters"]),
+            )
+
+    def _forward_tick(
+        self, ends: PyTree, parts: PyTree, held: PyTree, fixed: PyTree, micro: PyTree, form: "_Form"
+    ) -> Callable[[Any, Any], Any]:
+        run_forward, ring = self._run_forward(form), self._ring
+        stage = P(self.replicas, self.axis)
+
+        def hand_on(y: Any) -> Any:
+            return jax.tree.map(lambda leaf: lax.ppermute(leaf, self.axis, ring), y)
+
+        loss = lambda ends, micro, both: tuple(self.model.loss(ends, form.together(*both), micro))
+        score, split = self._mapped(loss, form), self._split(micro, form, 1)
 
         def tick(carry: Any, row: Any) -> tuple[Any, None]:
-            by_stage = {name: row[name] for name in BY_STAGE}
-            shared = {name: value for name, value in row.items() if name not in BY_STAGE}
-
-            entering, scored, finished = one(row["enters"]), one(row["leaves"]), one(row["done"])
-            embed, score, embed_back = map(self._mapped, (self.model.embed, self._loss, self._embed_back))
-
-            entered = lax.cond(
-                row["enters"] >= 0,
-                lambda entering: embed(ends, entering),
-                lambda entering: jnp.zeros(some.shape, some.dtype),
-                entering,
+            by_stage, shared = _by_stage(row)
+            entered = self._enter(ends, form, split, row)
+            inputs, y, left = run_forward(
+                by_stage, shared, (parts, held), fixed, micro, carry["came"], entered, carry["inputs"]
             )
-            inputs, y, left = run_forward(by_stage, shared, parts, micro, carry["came"], entered, carry["inputs"])
-
-            def leave(left: jax.Array, ends_sum: PyTree, sums: jax.Array, scored: PyTree) -> Any:
-                found, more, leaving = score(ends, scored, left)
-                return leaving, _added(ends_sum, more), sums + found
-
-            leaving, ends_sum, sums = lax.cond(
+            sums = lax.cond(
                 row["leaves"] >= 0,
-                leave,
-                lambda left, ends_sum, sums, scored: (jnp.zeros_like(left), ends_sum, sums),
-                *(left, carry["ends"], carry["sums"], scored),
+                lambda left, sums, scored: _added(sums, score(ends, scored, self._split(left, form))),
+                lambda left, sums, scored: sums,
+                *(left, carry["sums"], _of(split, row["leaves"])),
             )
+            came = self._region(hand_on, (stage,), stage)(y) if ring else y
+            return {"came": came, "inputs": inputs, "sums": sums}, None
+
+        return tick
+
+    def _tick(
+        self, ends: PyTree, parts: PyTree, held: PyTree, fixed: PyTree, micro: PyTree, form: "_Form"
+    ) -> Callable[[Any, Any], Any]:
+        run_forward, run_backward = self._run_forward(form), self._run_backward(form)
+        score, embed_back = self._mapped(self._loss_of(form), form), self._mapped(self._embed_back_of(form), form)
+        split = self._split(micro, form, 1)
+
+        def tick(carry: Any, row: Any) -> tuple[Any, None]:
+            by_stage, shared = _by_stage(row)
+            entered = self._enter(ends, form, split, row)
+            inputs, y, left = run_forward(
+                by_stage, shared, (parts, held), fixed, micro, carry["came"], entered, carry["inputs"]
+            )
+
+            def leave(left: Any, ends_sum: PyTree, sums: Any, scored: PyTree) -> Any:
+                found, more, leaving = score(ends, scored, self._split(left, form))
+                return self._joined(leaving, form), self._pin_ends(_added(ends_sum, more), form), _added(sums, found)
+
+            with jax.named_scope(WORK["leaves"]):
+                leaving, ends_sum, sums = lax.cond(
+                    row["leaves"] >= 0,
+                    leave,
+                    lambda left, ends_sum, sums, scored: (jax.tree.map(jnp.zeros_like, left[0]), ends_sum, sums),
+                    *(left, carry["ends"], carry["sums"], _of(split, row["leaves"])),
+                )
             came, returned, gradients, blocks, done = run_backward(
-                *(by_stage, shared, parts, micro, y, carry["returned"], leaving, inputs),
+                *(by_stage, shared, (parts, held), fixed, micro, y, carry["returned"], leaving, inputs),
                 *(carry["gradients"], carry["blocks"]),
             )
-            ends_sum = lax.cond(
-                row["done"] >= 0,
-                lambda done, ends_sum, finished: _added(ends_sum, embed_back(ends, finished, done)),
-                lambda done, ends_sum, finished: ends_sum,
-                *(done, ends_sum, finished),
-            )
+
+            def finish(done: Any, ends_sum: PyTree, finished: PyTree) -> PyTree:
+                more = embed_back(ends, finished, self._split(done, form))
+                return self._pin_ends(_added(ends_sum, more), form)
+
+            with jax.named_scope(WORK["done"]):
+                ends_sum = lax.cond(
+                    row["done"] >= 0,
+                    finish,
+                    lambda done, ends_sum, finished: ends_sum,
+                    *(done, ends_sum, _of(split, row["done"])),
+                )
             return {
-                "came": came, "returned": returned, "inputs": inputs, "gradients": gradients, "blocks": blocks,
-                "ends": ends_sum, "sums": sums,
+                "came": came, "returned": returned, "inputs": inputs, "gradients": gradients,
+                "blocks": self._pin_blocks(blocks), "ends": self._pin_ends(ends_sum, form), "sums": sums,
             }, None  # fmt: skip
 
         return tick
 
-    def _loss(self, ends: PyTree, micro: PyTree, x: jax.Array) -> Any:
-        def both(ends: PyTree, x: jax.Array) -> Any:
-            total, weight = self.model.loss(ends, x, micro)
-            return total, jnp.stack([jnp.asarray(each, jnp.float32) for each in (total, weight)])
+    def _loss_of(self, form: "_Form") -> Callable[..., Any]:
+        def score(ends: PyTree, micro: PyTree, both: Any) -> Any:
+            floats, others = both
 
-        total, pull, found = jax.vjp(both, ends, x, has_aux=True)
-        return found, *pull(jnp.ones_like(total))
+            def total_of(ends: PyTree, floats: Any) -> Any:
+                total, rest = self.model.loss(ends, form.together(floats, others), micro)
+                return total, (total, rest)
 
-    def _embed_back(self, ends: PyTree, micro: PyTree, gradient: jax.Array) -> PyTree:
-        _, pull = jax.vjp(lambda ends: self.model.embed(ends, micro), ends)
-        return pull(gradient)[0]
+            total, pull, found = jax.vjp(total_of, ends, floats, has_aux=True)
+            return found, *pull(jnp.ones_like(total))
 
-    def _mapped(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """`function(ends, ...)` for each replica apart."""
+        return score
+
+    def _embed_back_of(self, form: "_Form") -> Callable[..., Any]:
+        def back(ends: PyTree, micro: PyTree, gradient: Any) -> PyTree:
+            _, pull = jax.vjp(lambda ends: form.apart(self.model.embed(ends, micro))[0], ends)
+            return pull(gradient)[0]
+
+        return back
+
+    def _mapped(self, function: Callable[..., Any], form: "_Form") -> Callable[..., Any]:
+        """`function(ends, ...)` for each replica apart, and for each part of its rows."""
 
         def run(ends: PyTree, *rest: Any) -> Any:
-            in_axes = (None, *[0] * len(rest))
-            return jax.vmap(function, in_axes=in_axes, spmd_axis_name=self.replicas or None)(ends, *rest)
+            mapped = ft.partial(jax.vmap, in_axes=(None, *[0] * len(rest)))
+            inner = mapped(function, spmd_axis_name=self.axis) if form.is_split else function
+            return mapped(inner, spmd_axis_name=self.replicas or None)(ends, *rest)
 
         return run
 
@@ -340,17 +573,122 @@ class _Run:
 
         return jax.tree.map(one, tree)
 
-    def _only(self, x: jax.Array, here: jax.Array) -> jax.Array:
+    def _only(self, x: PyTree, here: jax.Array) -> PyTree:
         """One stage's `x` for all of them; in float32, for XLA on CPU aborts on a sum in bfloat16 here."""
-        return lax.psum(jnp.where(here, x, 0).astype(_wide(x.dtype)), self.axis).astype(x.dtype)
+        one = lambda x: lax.psum(jnp.where(here, x, 0).astype(_wide(x.dtype)), self.axis).astype(x.dtype)
+        return jax.tree.map(one, x)
 
-    def _nothing(self, x: jax.Array) -> jax.Array:
+    def _nothing(self, x: PyTree) -> PyTree:
         """What `_only` gives, in a tick without it: the same for all stages, not for all replicas."""
-        zeros = jnp.zeros(x.shape, x.dtype)
-        return lax.pcast(zeros, self.replicas, to="varying") if self.replicas else zeros
+
+        def one(x: jax.Array) -> jax.Array:
+            zeros = jnp.zeros(x.shape, x.dtype)
+            return lax.pcast(zeros, self.replicas, to="varying") if self.replicas else zeros
+
+        return jax.tree.map(one, x)
 
 
-def _check(schedule: Schedule, mesh: Mesh, axis: str, replicas: Axes) -> None:
+Both = tuple[list[Any], list[Any]]
+"""The arrays of a stream that have a gradient, and the others."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Form:
+    """How a stream is taken apart: into arrays that have a gradient and ones that have none, keys as numbers.
+
+    Attributes:
+        treedef: Its structure.
+        implementations: Of each leaf that is a random-number key; `None` for others.
+        is_float: Whether each leaf has a gradient.
+        both: The shapes of the two lists.
+        lead: Leading dims of what the ends add up: the replicas; the stages too, where the ends' rows are split.
+    """
+
+    treedef: Any
+    implementations: tuple[Any, ...]
+    is_float: tuple[bool, ...]
+    both: Both
+    lead: tuple[int, ...] = ()
+
+    @property
+    def is_split(self) -> bool:
+        """Whether each stage computes the ends for its part of the rows of a microbatch."""
+        return len(self.lead) > 1
+
+    @classmethod
+    def of(cls, stream: PyTree) -> "_Form":
+        leaves, treedef = jax.tree.flatten(stream)
+        is_key = [jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key) for leaf in leaves]
+        implementations: list[Any] = []
+
+        def ask(leaves: list[Any]) -> None:  # in a trace: a shape does not tell
+            implementations.extend(
+                jax.random.key_impl(leaf) if key else None for leaf, key in zip(leaves, is_key, strict=True)
+            )
+
+        jax.eval_shape(ask, leaves)
+        is_float = tuple(bool(jnp.issubdtype(leaf.dtype, jnp.inexact)) for leaf in leaves)
+        bare = cls(treedef, tuple(implementations), is_float, ([], []))
+        return dataclasses.replace(bare, both=jax.eval_shape(bare.apart, stream))
+
+    def apart(self, stream: PyTree) -> Both:
+        """Arrays with a gradient, and others."""
+        floats: list[Any] = []
+        others: list[Any] = []
+        for leaf, key, is_float in zip(jax.tree.leaves(stream), self.implementations, self.is_float, strict=True):
+            (floats if is_float else others).append(leaf if key is None else jax.random.key_data(leaf))
+        return floats, others
+
+    def together(self, floats: list[Any], others: list[Any]) -> PyTree:
+        """The stream of these."""
+        rest_floats, rest_others = iter(floats), iter(others)
+        leaves = []
+        for key, is_float in zip(self.implementations, self.is_float, strict=True):
+            leaf = next(rest_floats if is_float else rest_others)
+            leaves.append(leaf if key is None else jax.random.wrap_key_data(leaf, impl=key))
+        return jax.tree.unflatten(self.treedef, leaves)
+
+
+def check_layers(layers: int, stages: int, chunks: int, who: str) -> None:
+    """Raise `ShardingError` unless stages and chunks divide the layers."""
+    unit = stages * chunks
+    if layers % unit:
+        below = layers // unit * unit
+        raise ShardingError(
+            f"{who}: {layers} layers do not divide into {stages} stages of {chunks} "
+            f"{'chunk' if chunks == 1 else 'chunks'}. Use {f'{below} or ' if below else ''}{below + unit} layers, or "
+            "other stages or chunks."
+        )
+
+
+def _microbatches(batch: PyTree, m: int, count: int) -> PyTree:
+    """Rows as [m, R, b, ...]: each replica splits its own rows, and none of them moves."""
+    rows = {int(leaf.shape[0]) for leaf in jax.tree.leaves(batch)}
+    if len(rows) != 1:
+        raise StepError(f"pipeline: the arrays of the batch have {sorted(rows)} rows; give each the same number.")
+    (number,) = rows
+    if number % (m * count):
+        below = number // (m * count) * (m * count)
+        over = f" over {count} replicas" if count > 1 else ""
+        raise StepError(
+            f"pipeline: a batch of {number} rows does not divide into {m} microbatches{over}. Use "
+            f"{f'{below} or ' if below else ''}{below + m * count} rows, or another number of microbatches."
+        )
+
+    def one(leaf: jax.Array) -> jax.Array:
+        split = leaf.reshape(count, m, number // m // count, *leaf.shape[1:])
+        return jnp.swapaxes(split, 0, 1)
+
+    return jax.tree.map(one, batch)
+
+
+def _by_stage(row: Any) -> tuple[Any, Any]:
+    """The numbers of a tick that differ between stages, and the others."""
+    by_stage = {name: row[name] for name in BY_STAGE}
+    return by_stage, {name: value for name, value in row.items() if name not in BY_STAGE}
+
+
+def _check(schedule: Schedule, mesh: AnyMesh, axis: str, replicas: Axes) -> None:
     for name in (axis, *replicas):
         if name not in mesh.shape:
             raise ShardingError(
@@ -369,13 +707,28 @@ def _check(schedule: Schedule, mesh: Mesh, axis: str, replicas: Axes) -> None:
 
 
 def _write(ring: jax.Array, slot: jax.Array, value: jax.Array) -> jax.Array:
-    """`value` into a slot, none if it is -1. What does not change is one slot, not the ring."""
+    """`value` into a slot of a ring [1, 1, slots, ...], none if it is -1. What does not change is one slot.
+
+    In the shape in which the ring goes around the loop: of a ring that is given another shape in between XLA makes a
+    second one, and copies all of it in each tick.
+    """
     at = jnp.maximum(slot, 0)
-    return lax.dynamic_update_index_in_dim(ring, jnp.where(slot >= 0, value, _at(ring, at)), at, 0)
+    value = jnp.where(slot >= 0, value[:, :, None], lax.dynamic_slice_in_dim(ring, at, 1, axis=2))
+    return lax.dynamic_update_slice_in_dim(ring, value, at, axis=2)
+
+
+def _read(ring: jax.Array, slot: jax.Array) -> jax.Array:
+    """What is in a slot of a ring [1, 1, slots, ...]."""
+    return lax.dynamic_slice_in_dim(ring, jnp.maximum(slot, 0), 1, axis=2)[0, 0, 0]
 
 
 def _at(leaf: jax.Array, index: jax.Array) -> jax.Array:
     return lax.dynamic_index_in_dim(leaf, jnp.maximum(index, 0), 0, keepdims=False)
+
+
+def _of(micro: PyTree, index: jax.Array) -> PyTree:
+    """A microbatch of all replicas."""
+    return jax.tree.map(lambda leaf: _at(leaf, index), micro)
 
 
 def _chunk(parts: PyTree, chunk: jax.Array) -> PyTree:

@@ -87,6 +87,11 @@ def _one_f_one_b(p: int, m: int, v: int) -> Table:
     return _table(p, first, {item: place + delay for item, place in last.items()}, {})
 
 
+def most_held(p: int, v: int) -> int:
+    """The inputs that stage 0 of 1F1B holds at once, of any number of microbatches that is a multiple of p."""
+    return 2 * p - 1 if v == 1 else (v + 1) * p - 1
+
+
 def _zero_bubble(p: int, m: int) -> Table:
     """A stage puts off its weight gradients by as many microbatches as its backwards are ahead of stage 0's."""
     first = {(j, 0): j for j in range(m)}

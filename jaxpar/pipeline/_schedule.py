@@ -11,7 +11,7 @@ from .._drawing import Drawing
 from ._check import Buffers, buffers, check
 from ._csv import from_csv, ops_of, to_csv
 from ._gantt import as_text, draw
-from ._named import in_order, named
+from ._named import in_order, most_held, named
 from ._simulate import Simulation, simulate
 from ._table import Table
 
@@ -106,6 +106,16 @@ class Schedule(Table):
     def buffers(self) -> Buffers:
         """What each stage must keep from when until when, and the sizes of the rings that hold it."""
         return buffers(self)
+
+    @property
+    def room(self) -> int:
+        """Slots for inputs that a stage sets aside: those it uses, and of `"1f1b"` as many as it ever uses.
+
+        So that a step that fits goes on to fit with more microbatches. With less than that `"gpipe"` takes as long, and
+        holds no more.
+        """
+        used = self.buffers.inputs.size
+        return max(used, most_held(self.stages, self.chunks)) if self.name == "1f1b" else used
 
     def simulate(
         self,

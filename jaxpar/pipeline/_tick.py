@@ -53,6 +53,24 @@ BY_STAGE = (
 )  # fmt: skip
 
 
+WORK = {each: f"pipeline_{each}" for each in ("enters", "forward", "leaves", "backward", "done")}
+"""What a tick may do, each under a condition, and the scope in the compiled program that its operations are in."""
+
+
+def times_of(schedule: Schedule) -> dict[str, tuple[int, int]]:
+    """For each piece of `WORK`: in how many ticks some stage does it, and in how many each stage.
+
+    With the loss and the embedding no stage waits for another: all do their part of them.
+    """
+    ticks = ticks_of(schedule)
+    found = {}
+    for name in WORK:
+        does = getattr(ticks, name) >= 0
+        some = int(does.any(axis=1).sum() if does.ndim > 1 else does.sum())
+        found[name] = (some, int(does[:, 0].sum()) if does.ndim > 1 else some)
+    return found
+
+
 def ticks_of(schedule: Schedule) -> Ticks:
     """The numbers of a schedule of forwards and whole backwards."""
     each = {name: np.full((schedule.num_ticks, schedule.stages), -1, np.int32) for name in BY_STAGE}

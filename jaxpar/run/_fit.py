@@ -15,9 +15,11 @@ import numpy as np
 from .._errors import CheckpointError, DataError
 from .._types import PyTree
 from ..checkpoint import Keep
+from . import _exits, _launched
 from ._every import parse_every
 from ._progress import Pace, progress
-from ._run import EXIT_CODES, Run
+from ._run import Run
+from ._watch import DEFAULT, Watcher
 from ._writers import Writer
 
 TOKENS = ("tokens", "input_ids", "inputs")  # fields of a batch that are counted as tokens, if they hold integers
@@ -68,7 +70,7 @@ class Fitted:
     @property
     def exit_code(self) -> int:
         """For `sys.exit`: 130 after Ctrl-C, else 0."""
-        return EXIT_CODES.get(self.stopped_by or "", 0)
+        return _exits.OF_STOP.get(self.stopped_by or "", _exits.DONE)
 
 
 def fit(
@@ -77,19 +79,20 @@ def fit(
     *,
     steps: int,
     directory: str | os.PathLike[str],
-    every: int | str | None = "10min",
+    every: int | str | Sequence[int | str] | None = "10min",
     keep: int | Keep | None = 3,
     eval_data: Iterable[Any] | Callable[[], Iterable[Any]] | None = None,
     eval_every: int | str | None = None,
     resume: bool = False,
     writers: Sequence[Writer] = (),
     name: str | None = None,
+    watch: Sequence[Watcher] = DEFAULT,
 ) -> Fitted:
     """Train for `steps`, showing progress, saving and evaluating: the loop of `Run`, written out.
 
     Shows a progress bar on a terminal and plain lines elsewhere, with loss, tokens or examples per second, and time
     left. With `resume` it goes on from the latest checkpoint, to the same bits as an uninterrupted run on the same mesh
-    and versions. Ctrl-C finishes the step, saves and returns; SIGTERM finishes, saves, and exits with code 143.
+    and versions. Ctrl-C finishes the step, saves and returns; SIGTERM finishes, saves, and exits with code 75.
 
     Args:
         program: What `recipe.on(mesh)` returns.
@@ -97,13 +100,15 @@ def fit(
             is prefetched onto the devices, or any such iterator.
         steps: Of the whole run, those before a restart included.
         directory: Where the run lives; see `Run`.
-        every: When to save, besides the end: steps or a time, as for `Run`.
+        every: When to save, besides the end: steps, a time, or both, as for `Run`.
         keep: How many of the last checkpoints are kept, or a `jp.checkpoint.Keep`; `None` keeps all.
         eval_data: Batches to evaluate on, all of them each time; or a function that returns them.
         eval_every: Steps between evaluations; only at the end if `None`.
-        resume: Go on with the run in `directory`, if there is one. Without it, a directory with one is refused.
+        resume: Go on with the run in `directory`, if there is one. Without it, a directory with one is refused, unless
+            `jaxpar launch` or SLURM has started this script again: then it goes on.
         writers: Where metrics go besides `metrics.jsonl` and the terminal.
         name: What this run is; see `Run`.
+        watch: What is looked for, so that the run goes back, or ends to be started again; see `Run`.
     Returns:
         The state, the last metrics (`loss`, and `eval/loss`: the mean over all weights), and how it ended.
     Raises:
@@ -137,9 +142,10 @@ def fit(
         raise DataError(f"eval_every={eval_every!r} has no effect without eval_data. Give both, or neither.")
     pace = Pace(steps)
     run = Run(
-        directory, every=every, keep=keep, writers=(progress(pace), *writers), name=name, metadata=_described(program)
-    )
-    if run.latest is not None and not resume:
+        directory, every=every, keep=keep, writers=(progress(pace), *writers), name=name,
+        metadata=_described(program), watch=watch,
+    )  # fmt: skip
+    if run.latest is not None and not (resume or _launched.is_restart()):
         raise CheckpointError(
             f"{run.directory} holds a run, saved up to step {run.latest}. Go on with it by resume=True (--resume on "
             "the command line), or choose another directory."
@@ -148,6 +154,7 @@ def fit(
     state, batches = run.restore((program.init(), batches), donate=True)
     try:
         for step in run.steps(steps):
+            state, batches = run.state  # after a fault the run has gone back
             batch = _next(batches, step, steps)
             pace.per_step, pace.unit = _count(batch)
             state, metrics = program.step(state, _placed(batch, program))

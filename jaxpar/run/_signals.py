@@ -21,11 +21,13 @@ class Request:
 
     Attributes:
         number: The signal's number, or 0.
+        is_told: Whether the run has noted it.
         hurried: Ctrl-C came a second time: nothing is waited for.
     """
 
     number: int = 0
     hurried: bool = False
+    is_told: bool = False
 
     @property
     def name(self) -> str:

@@ -66,7 +66,7 @@ def recipe(
     return jp.Recipe(
         model=lambda: GPT(cfg, rngs=nnx.Rngs(0)),
         loss=loss,
-        optimizer=optax.adamw(schedule, b1=0.9, b2=0.95, weight_decay=0.1, mask=_matrices),
+        optimizer=optax.adamw(schedule, b1=0.9, b2=0.95, weight_decay=0.1, mask=matrices),
         clip_norm=1.0,
         strategies=strategies(cfg),
         accumulate=accumulate,
@@ -81,7 +81,7 @@ def recipe(
     )
 
 
-def _matrices(params: Any) -> Any:
+def matrices(params: Any) -> Any:
     """Weight decay is for matrices, not for norms and biases; a stack holds these as [layers, D], so names decide."""
 
     def decays(path: tuple[Any, ...], _: jax.Array) -> bool:

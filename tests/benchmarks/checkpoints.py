@@ -1,11 +1,15 @@
-"""MB/s of a save and of a restore beside Orbax by hand and the bare disk, and the peak of host memory of a restore.
+"""Saves and restores beside Orbax by hand and the bare disk, and what a save costs the steps that go on beside it.
 
-Each contestant writes and reads the same arrays in turn, for some rounds, and one of them twice (A/A). What is read was
-just written, so it comes from the memory of the kernel.
+Each contestant writes and reads the same arrays in turn, for some rounds, and one of them twice (A/A). The best round
+counts, as a busy machine only ever adds time; CPU seconds stand beside it. What is read was just written, so it comes
+from the memory of the kernel.
+
+The peak of host memory of a restore is asserted, in `tests/checkpoint/test_memory.py`.
 
     python tests/benchmarks/checkpoints.py [MB]
 """
 
+import functools as ft
 import hashlib
 import os
 import pathlib
@@ -22,6 +26,7 @@ from orbax.checkpoint import v1 as ocp
 from jaxpar import checkpoint
 
 ROUNDS, NUM_LEAVES = 5, 16
+EVERY, NUM_SAVES = 20, 3  # steps between saves; a user would save more rarely
 
 
 def shapes(megabytes):
@@ -41,42 +46,96 @@ def bare_restore(path, like):
     return {name: np.fromfile(path / name, leaf.dtype) for name, leaf in like.items()}
 
 
+def orbax_save(path, tree, *, compressed=True):
+    context = ocp.Context()
+    context.array.saving.use_compression = compressed
+    with context:
+        ocp.save(str(path / "1"), tree)
+
+
+def measured(function):
+    """Wall and CPU seconds of a call."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    jax.block_until_ready(function())
+    return time.perf_counter() - wall, time.process_time() - cpu
+
+
 def throughput(megabytes):
-    """A line a contestant: the best of its rounds, as a busy machine only ever adds time."""
-    key = jax.random.key(0)  # random bits, which do not compress
+    key = jax.random.key(0)  # random bits, of which zstd saves 8%
     tree = {name: jax.random.normal(key, leaf.shape) for name, leaf in shapes(megabytes).items()}
     placed = {name: jax.device_put(leaf, jax.devices()[0]) for name, leaf in tree.items()}
     size = sum(leaf.nbytes for leaf in placed.values()) / 1e6
-    save = {
-        "jaxpar": lambda path: checkpoint.save(path, 1, placed),
-        "jaxpar again": lambda path: checkpoint.save(path, 1, placed),
-        "orbax": lambda path: ocp.save(str(path / "1"), placed),
-        "disk": lambda path: bare_save(path, placed),
+    ours = lambda path: checkpoint.save(path, 1, placed), lambda path: checkpoint.restore(path, placed)
+    load = lambda path: ocp.load(str(path / "1"), placed)
+    contestants = {
+        "jaxpar": ours,
+        "jaxpar again": ours,
+        "orbax": (lambda path: orbax_save(path, placed), load),
+        "orbax, uncompressed": (lambda path: orbax_save(path, placed, compressed=False), load),
+        "disk": (lambda path: bare_save(path, placed), lambda path: bare_restore(path, placed)),
     }
-    restore = {
-        "jaxpar": lambda path: checkpoint.restore(path, placed),
-        "jaxpar again": lambda path: checkpoint.restore(path, placed),
-        "orbax": lambda path: ocp.load(str(path / "1"), placed),
-        "disk": lambda path: bare_restore(path, placed),
-    }
-    seconds = {name: ([], []) for name in save}
+    seconds = {name: ([], []) for name in contestants}
     for _ in range(ROUNDS):
-        for name, write in save.items():
+        for name, (save, restore) in contestants.items():
             path = pathlib.Path(tempfile.mkdtemp()) / "home"
-            start = time.perf_counter()
-            write(path)
-            middle = time.perf_counter()
-            jax.block_until_ready(restore[name](path))
-            seconds[name][0].append(middle - start)
-            seconds[name][1].append(time.perf_counter() - middle)
+            seconds[name][0].append(measured(lambda: save(path)))  # noqa: B023  # called at once
+            seconds[name][1].append(measured(lambda: restore(path)))  # noqa: B023
             shutil.rmtree(path.parent)
     data = np.asarray(placed["w0"]).data
     start = time.perf_counter()
     hashlib.sha256(data)
     print(f"SHA-256 of one thread: {data.nbytes / 1e6 / (time.perf_counter() - start):,.0f} MB/s")
-    for name, (saves, restores) in seconds.items():
-        print(f"{name:14}save {size / min(saves):8,.0f} MB/s   restore {size / min(restores):8,.0f} MB/s")
+    best = lambda pairs: tuple(map(min, zip(*pairs, strict=True)))
+    by_hand = [best(pairs)[0] for pairs in seconds["orbax"]]
+    for name, both in seconds.items():
+        print(f"{name:20}", end="")
+        for what, pairs, theirs in zip(("save", "restore"), both, by_hand, strict=True):
+            wall, cpu = best(pairs)
+            print(f"{what:>9} {size / wall:6,.0f} MB/s, {theirs / wall:5.2f} of orbax, {cpu:5.2f} CPU s", end="")
+        print()
+
+
+def stall(megabytes):
+    """Steps of some seconds over a state of this size, with a save now and then and without, in turn."""
+    size = 2048
+    state = {name: jnp.zeros(leaf.shape) for name, leaf in shapes(megabytes).items()}
+    left, right = jax.random.normal(jax.random.key(0), (2, size, size))
+
+    @ft.partial(jax.jit, donate_argnums=0)
+    def step(state, left, right):
+        product = jax.lax.fori_loop(0, 8, lambda _, x: jnp.tanh(x @ right), left)
+        return jax.tree.map(lambda leaf: leaf + product.mean(), state)
+
+    def steps(state, saving_in=None):
+        """Seconds of `EVERY` steps, and of the call that saves before them."""
+        state = jax.block_until_ready(step(state, left, right))
+        start = time.perf_counter()
+        saving = None if saving_in is None else checkpoint.save_async(saving_in, 1, state)
+        blocked = time.perf_counter() - start
+        for _ in range(EVERY):
+            state = jax.block_until_ready(step(state, left, right))
+        taken = time.perf_counter() - start
+        if saving is not None:
+            saving.wait()
+        return state, taken, blocked
+
+    taken = {"without": [], "without again": [], "with a save": []}
+    blocked = []
+    for _ in range(NUM_SAVES):
+        for name, times in taken.items():
+            path = tempfile.mkdtemp() if name == "with a save" else None
+            state, seconds, waited = steps(state, path)
+            times.append(seconds)
+            if path is not None:
+                blocked.append(waited)
+                shutil.rmtree(path)
+    one = min(taken["without"]) / EVERY
+    print(f"a step: {one:.2f} s; a save stops it for {min(blocked):.3f} s, {min(blocked) / one:.1%} of a step")
+    for name, times in taken.items():
+        print(f"{name:14} {min(times):6.2f} s for {EVERY} steps, {min(times) / min(taken['without']) - 1:+.1%}")
 
 
 if __name__ == "__main__":
-    throughput(int(sys.argv[1]) if sys.argv[1:] else 512)
+    megabytes = int(sys.argv[1]) if sys.argv[1:] else 512
+    throughput(megabytes)
+    stall(megabytes // 2)

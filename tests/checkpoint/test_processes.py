@@ -1,5 +1,6 @@
-"""Checkpoints of two processes: each hashes what it wrote, and both go on from the same step."""
+"""Checkpoints of two processes: each hashes what it wrote, both go on from the same step, and neither waits in vain."""
 
+import re
 import socket
 import subprocess
 import sys
@@ -12,10 +13,12 @@ import pytest
 from jaxpar import checkpoint
 
 PEER = """
-    import pathlib, sys
+    import os, pathlib, resource, sys, time
     import jax, numpy as np
     from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+    import jaxpar as jp
     from jaxpar import checkpoint
+    from jaxpar.checkpoint._barrier import Barrier
 
     index, home = int(sys.argv[1]), pathlib.Path(sys.argv[3])
     jax.distributed.initialize(f"127.0.0.1:{sys.argv[2]}", 2, index)
@@ -35,6 +38,25 @@ PEER = """
     cut = checkpoint.restore(home, layers)  # `w` is a stack of eight
     mine = {float(shard.data.max()) for leaf in [found, cut[7]["w"]] for shard in leaf.addressable_shards}
     print("restored", mine, flush=True)
+
+    # A process whose disk is full tells the others, and one that does not come is named.
+    if index == 1:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20, resource.RLIM_INFINITY))
+    began = time.monotonic()
+    try:
+        checkpoint.save(home, 3, {"w": rows(3)})
+    except jp.CheckpointError as error:
+        print("full", round(time.monotonic() - began) < 10, error, flush=True)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    barrier = Barrier(seconds=1.5)
+    barrier("first")
+    if index == 0:
+        try:
+            barrier("second")
+        except jp.CheckpointError as error:
+            print("missing", error, flush=True)
+    time.sleep(3)  # process 0 has the service that the other asks
+    os._exit(0)  # Orbax waits for its own barriers: for 20 minutes
 """
 
 
@@ -57,7 +79,17 @@ def test_two_processes(child_env, tmp_path):
         for peer in peers:
             peer.kill()
             peer.wait()
-    assert [out.splitlines()[-1:] for out, _ in said] == [["restored {1.0}"]] * 2, said
+    words = [[line for line in out.splitlines() if not line.startswith("[Gloo]")] for out, _ in said]
+    assert [lines[:1] for lines in words] == [["restored {1.0}"]] * 2, said
+    first, second = (lines[1:] for lines in words)
+    full = r"full True Step 3 could not be saved at .*: {}\[Errno 27\] File too large"
+    assert re.match(full.format(""), second[0]), said
+    assert re.match(full.format("process 1 on .*: "), first[0]), said
+    host = socket.gethostname()
+    assert first[-1] == (
+        f"missing after 2 s process 1 on {host} had not come as far as 'second'. Look there: it is dead, cut off, or "
+        "its storage hangs."
+    )
     assert "step 2 is DAMAGED, so the latest valid step is 1." in said[0][1]
     # One of the two hashed the file, and said which it was.
     assert any("state/ocdbt.process_1/" in err and "other bytes than were saved" in err for _, err in said), said

@@ -320,3 +320,38 @@ def test_each_command_is_a_process_that_simulates_its_devices(here, child_env):
         done = run([*words, *command.split()], env)
         assert done.returncode == 0, (command, done.stdout, done.stderr)
         assert done.stdout, command
+
+
+def test_launch_starts_a_command_with_options_of_its_own(capsys):
+    """What stands after `--` is not ours, `--help` and `--traceback` neither."""
+    command = [sys.executable, "-S", "-E", "-c", "import sys; print(sys.argv[1:])", "-n", "3", "--traceback", "--help"]
+    assert main(["launch", "-n", "1", "--devices-per-process", "1", "--", *command]) == 0
+    assert capsys.readouterr().out.splitlines()[0] == "[0] ['-n', '3', '--traceback', '--help']"
+
+
+def test_launch_writes_a_batch_script(capsys):
+    assert main(["launch", "--slurm", "-n", "4", "--nodes", "2", "--time", "1:00:00", "--", "python", "train.py"]) == 0
+    out = capsys.readouterr().out
+    assert "#SBATCH --ntasks-per-node=2\n" in out
+    assert "#SBATCH --time=1:00:00\n" in out
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["-n", "2"], "A group cannot be launched:\ncommand: nothing to start; write it after `--`"),
+        (["--elastic", "4", "--", "true"], "--elastic 4: write MIN:MAX, such as 2:4."),
+        (["-n", "3", "--elastic", "2:4", "--", "true"], "-n 3 and --elastic 2:4 name two numbers of processes."),
+        (["--grace", "100", "--", "true"], "--grace 100: a time, such as 90s or 10min."),
+        (["--slurm", "--elastic", "2:4", "--", "true"], "have no effect with --slurm. Leave them out."),
+    ],
+    ids=str,
+)
+def test_what_launch_refuses(words, line, capsys):
+    assert main(["launch", *words]) == 2
+    assert line in capsys.readouterr().err
+
+
+def test_status_of_nothing(tmp_path, capsys):
+    assert main(["status", str(tmp_path)]) == 2
+    assert "holds no run: there is no run.json." in capsys.readouterr().err

@@ -34,11 +34,32 @@ def mesh(**axes):
     return jax.make_mesh(tuple(axes.values()), tuple(axes), axis_types=(AxisType.Auto,) * len(axes))
 
 
-def differs(one, other, factory=params, other_mesh=None, **axes):
+def differs(one, other, factory=params, other_mesh=None, dims=(), **axes):
     """Whether two strategies make different plans."""
-    first = jp.plan(factory, mesh(**axes), [one])
-    second = jp.plan(factory, other_mesh or mesh(**axes), [other])
+    first = jp.plan(factory, mesh(**axes), [one], dims=dims)
+    second = jp.plan(factory, other_mesh or mesh(**axes), [other], dims=dims)
     return bool(first.diff(second))
+
+
+EXPERTS = [("up", ("expert", "embed", "mlp")), ("down", ("expert", "mlp", "embed"))]
+
+
+def experts():
+    return {"up": jnp.ones((8, 4, 16)), "down": jnp.ones((8, 16, 4))}
+
+
+def routed(dispatch):
+    """Choices that are dropped if all tokens prefer one expert."""
+    x = jnp.ones((8, 16, 4))
+    return float(jp.experts(x, jp.route(jnp.zeros((8, 16, 8)), 1), **experts(), dispatch=dispatch)[1].sum())
+
+
+def across(dispatch):
+    """The same, on a mesh."""
+    plan = jp.plan(experts, mesh(expert=8), [jp.EP()], dims=EXPERTS)
+    x = np.ones((8, 16, 4), np.float32)
+    step = plan.jit(lambda params, x: jp.experts(x, jp.route(x @ jnp.ones((4, 8)), 1), **params, dispatch=dispatch)[1])
+    return float(step(plan.init(), plan.batch(x)).sum())
 
 
 def loss(params, x):
@@ -67,6 +88,15 @@ def blocks_plan(**settings):
     return jp.plan(Blocks, mesh(fsdp=8), [jp.FSDP(**settings)])
 
 
+def staged(one, other, axis="pipe"):
+    """Whether the notes of two plans, which say what a stage holds and when it runs what, differ."""
+    make = lambda: jp.Stack(lambda rngs: nnx.Linear(64, 64, rngs=rngs), 8, rngs=nnx.Rngs(0))
+    plans = [
+        jp.plan(make, mesh(**{name: 4, "data": 2}), [jp.DP(), each]) for name, each in (("pipe", one), (axis, other))
+    ]
+    return plans[0].notes != plans[1].notes
+
+
 TP = {"column": ["up"], "row": ["down"]}
 
 STRATEGIES = {
@@ -85,6 +115,13 @@ STRATEGIES = {
     (jp.FSDP, "min_bytes"): lambda: differs(jp.FSDP(), jp.FSDP(min_bytes=20_000), fsdp=8),
     (jp.FSDP, "whole"): lambda: differs(jp.FSDP(), jp.FSDP(whole=["up"]), fsdp=8),
     (jp.FSDP, "reduce"): lambda: differs(jp.FSDP(), jp.FSDP(reduce="step"), fsdp=8),
+    (jp.PP, "axis"): lambda: staged(jp.PP(microbatches=4), jp.PP(axis="stage", microbatches=4), "stage"),
+    (jp.PP, "schedule"): lambda: staged(jp.PP(microbatches=4), jp.PP(schedule="gpipe", microbatches=4)),
+    (jp.PP, "microbatches"): lambda: staged(jp.PP(microbatches=4), jp.PP(microbatches=8)),
+    (jp.PP, "chunks"): lambda: staged(jp.PP(microbatches=4), jp.PP(microbatches=4, chunks=2)),
+    (jp.EP, "axis"): lambda: differs(jp.EP(), jp.EP(axis="e"), experts, other_mesh=mesh(e=8), dims=EXPERTS, expert=8),
+    (jp.Capacity, "factor"): lambda: routed(jp.Capacity(factor=1.0)) > routed(jp.Capacity(factor=2.0)) > 0,
+    (jp.Dropless, "buffer"): lambda: across(jp.Dropless(buffer=1.0)) > across(jp.Dropless()) == 0,
     (jp.TP, "axis"): lambda: differs(jp.TP(**TP), jp.TP(**TP, axis="t"), tensor=8, other_mesh=mesh(t=8)),
     (jp.TP, "column"): lambda: differs(jp.TP(row=["down"]), jp.TP(**TP), tensor=8),
     (jp.TP, "row"): lambda: differs(jp.TP(column=["up"]), jp.TP(**TP), tensor=8),
@@ -288,7 +325,10 @@ EFFECTS = STRATEGIES | PRECISION | RECIPE | OPTIONS
 def test_every_setting_has_an_entry():
     settings = {
         (kind, field.name)
-        for kind in (jp.DP, jp.ZeRO, jp.FSDP, jp.TP, jp.CP, jp.Precision, jp.Recipe)
+        for kind in (
+            *(jp.DP, jp.ZeRO, jp.FSDP, jp.PP, jp.TP, jp.CP, jp.EP),
+            *(jp.Capacity, jp.Dropless, jp.Precision, jp.Recipe),
+        )
         for field in dataclasses.fields(kind)
     }
     settings |= {

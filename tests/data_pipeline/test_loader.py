@@ -211,8 +211,8 @@ BAD = {
     "epochs": ({"epochs": 0}, "epochs=0: at least 1, or None for no end"),
     "half": ({"process_index": 0}, "give both, or neither to take JAX's own"),
     "index": ({"process_index": 2, "process_count": 2}, "process_index=2 of process_count=2: indices go from 0 to 1"),
-    "parts": ({"batch_size": 10, "process_index": 0, "process_count": 4}, "4 do not divide it. Use 8 or 12."),
-    "few": ({"batch_size": 2, "process_index": 0, "process_count": 4}, "4 do not divide it. Use 4."),
+    "parts": ({"batch_size": 10, "process_index": 0, "process_count": 4}, "4 do not divide it. Use 8 or 12; or give"),
+    "few": ({"batch_size": 2, "process_index": 0, "process_count": 4}, "4 do not divide it. Use 4; or give"),
     "seq_len": ({"seq_len": 8}, "seq_len=8 packs a TokenFile, and the source is a list. Leave it out."),
     "empty": ({"source": []}, "The source, a list, has no samples"),
     "not a dict": ({"source": [np.ones(3)]}, "Sample 0 of the source is a ndarray"),
@@ -284,8 +284,18 @@ def test_to_a_plan(tokens):
 def test_to_a_plan_that_does_not_divide(tokens):
     plan = plan_on(jp.mesh(data=2, fsdp=2, tensor=2))
     with pytest.raises(DataError) as error:
-        Loader(tokens, batch_size=6, seq_len=16).to(plan)
-    assert str(error.value) == ("batch_size=6: mesh axes data, fsdp split it in 4, which do not divide it. Use 4 or 8.")
+        Loader(samples(9), batch_size=6).to(plan)
+    assert str(error.value) == (
+        "batch_size=6: mesh axes data, fsdp split it in 4, which do not divide it. Use 4 or 8; or give samples a field "
+        "'weights', by which the loss counts them: rows of weight 0 then fill up each batch."
+    )
+    with Loader(tokens, batch_size=6, seq_len=16).to(plan) as batches:
+        filled = next(batches)
+    expected = Loader(tokens, batch_size=6, seq_len=16).batch(0)
+    for name, field in expected.items():
+        assert filled[name].shape == (8, *field.shape[1:])
+        assert (np.asarray(filled[name])[:6] == field).all()
+        assert not np.asarray(filled[name])[6:].any()
     with pytest.raises(DataError, match="hold part 0 of 1\\. Leave out both"):
         Loader(tokens, batch_size=8, seq_len=16, process_index=1, process_count=2).to(plan)
 

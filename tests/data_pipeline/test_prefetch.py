@@ -175,3 +175,29 @@ def test_a_put_that_returns_nothing():
 def test_depth():
     with pytest.raises(DataError, match="depth=0: at least 1 batch is made ahead"):
         prefetch(Loader(samples(5), batch_size=2), jax.device_put, depth=0)
+
+
+def test_slow_storage_stalls_no_step():
+    """Each step finds its batch made, while the storage is at work on a later one that takes as long as it likes."""
+    asked, release = [], threading.Semaphore(0)
+
+    class Storage(list):
+        def __getitem__(self, index):
+            asked.append(index)
+            release.acquire()
+            return super().__getitem__(index)
+
+    release.release(2)  # the loader looks at sample 0 when it is made; then batch 0
+    loader = Loader(Storage(samples(100)), batch_size=1, seed=None)
+    asked.clear()
+    with prefetch(loader, lambda batch: batch, depth=3) as batches:
+        next(batches)
+        release.release(3)
+        wait_for(lambda: asked == [0, 1, 2, 3])
+        assert release._value == 0
+        for step in range(1, 20):
+            # Read `step + 3` hangs, and this batch is there all the same: nothing is released until it was taken.
+            wait_for(lambda ahead=step + 2: asked[-1] >= ahead)
+            assert next(batches)["x"].item() == step
+            release.release()
+        release.release(10)

@@ -7,9 +7,9 @@ from jax.sharding import PartitionSpec as P
 
 from jaxpar import _hlo
 from jaxpar._hlo._text import Op, Shape
+from jaxpar._hlo._varying import argument_bits
 from jaxpar.explain._evidence import Evidence
 from jaxpar.explain._flow import Value, reshaped
-from jaxpar.explain._varying import argument_bits
 from tests.explain._described import array, compiled, mesh
 
 CUBE = _hlo.MeshAxes(names=("a", "b", "c"), sizes=(2, 2, 2))

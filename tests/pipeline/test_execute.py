@@ -65,22 +65,23 @@ def mesh(**axes):
     return jax.make_mesh(tuple(axes.values()), tuple(axes), axis_types=(AxisType.Auto,) * len(axes), devices=devices)
 
 
-# schedule, stages, microbatches (below, at and above the stages), chunks, replicas; 8 devices, less in two cases
+# schedule, stages, microbatches (below, at and above the stages), chunks, replicas, rows of a microbatch on a replica
+# (where stages divide them, each computes the ends for its part); 8 devices, less in two cases
 CASES = [
-    ("1f1b", 4, 5, 2, 2),
-    ("gpipe", 2, 3, 2, 4),
-    ("1f1b", 8, 3, 1, 1),
-    ("gpipe", 4, 4, 1, 2),
-    ("1f1b", 1, 2, 1, 2),
-    ("1f1b", 2, 1, 1, 1),
+    ("1f1b", 4, 5, 2, 2, 1),
+    ("gpipe", 2, 3, 2, 4, 4),
+    ("1f1b", 8, 3, 1, 1, 1),
+    ("gpipe", 4, 4, 1, 2, 4),
+    ("1f1b", 1, 2, 1, 2, 1),
+    ("1f1b", 2, 1, 1, 1, 2),
 ]
 
 
-@pytest.mark.parametrize(("name", "p", "m", "v", "replicas"), CASES, ids=str)
-def test_it_computes_what_one_device_computes(name, p, m, v, replicas):
+@pytest.mark.parametrize(("name", "p", "m", "v", "replicas", "rows"), CASES, ids=str)
+def test_it_computes_what_one_device_computes(name, p, m, v, replicas, rows):
     schedule = jp.schedule(name, stages=p, microbatches=m, chunks=v)
     run = pipeline.value_and_grad(MODEL, schedule, mesh(data=replicas, pipe=p), replicas=("data",))
-    assert_same(jax.jit(run), on_one_device, arguments(m * replicas), grads=False)
+    assert_same(jax.jit(run), on_one_device, arguments(rows * m * replicas), grads=False)
 
 
 def test_a_schedule_of_ones_own_runs():
@@ -148,19 +149,6 @@ def test_bubbles_are_not_computed(name, v):
     jax.block_until_ready(jax.jit(pipeline.value_and_grad(model, schedule, mesh(pipe=p)))(*arguments(m)))
     jax.effects_barrier()
     assert len(runs) == 2 * m * LAYERS
-
-
-def test_memory_of_1f1b_does_not_grow_with_microbatches():
-    """From 2p - 1 on, what stage 0 then holds. All forwards first hold all inputs."""
-    p, width, seq = 4, 64, 32
-    held = {}
-    for name in ("1f1b", "gpipe"):
-        for m in (2 * p, 8 * p):
-            run = pipeline.value_and_grad(MODEL, jp.schedule(name, stages=p, microbatches=m), mesh(pipe=p))
-            compiled = jax.jit(run).lower(*arguments(4 * m, width, seq)).compile()
-            held[name, m] = compiled.memory_analysis().temp_size_in_bytes
-    assert held["1f1b", 8 * p] < 1.05 * held["1f1b", 2 * p]  # the batch itself
-    assert held["gpipe", 8 * p] - held["gpipe", 2 * p] >= 2 * 6 * p * (4 * seq * width * 4)
 
 
 REFUSED = {

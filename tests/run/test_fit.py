@@ -141,7 +141,7 @@ def test_interrupted(number, mesh, tmp_path):
     else:
         with pytest.raises(SystemExit) as caught:
             run_fit(mesh, tmp_path / "b", 6, {3: number}, every=2)
-        assert caught.value.code == 143
+        assert caught.value.code == 75
     assert checkpoint.steps(tmp_path / "b" / "checkpoints") == [2, 3]
     assert run_fit(mesh, tmp_path / "b", 6, resume=True)[1] == straight
 

@@ -20,7 +20,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 from jaxpar import _tree, checkpoint
 from jaxpar._errors import CheckpointError, StepError
-from jaxpar.run import Run
+from jaxpar.run import Run, read
 from jaxpar.run._every import Every, parse_every
 
 
@@ -93,7 +93,7 @@ def lines(file):
 
 
 def events(directory):
-    return [(line["event"], line["step"]) for line in lines(directory / "events.jsonl")]
+    return [(line["kind"], line["step"]) for line in lines(directory / "events.jsonl")]
 
 
 def interrupt_at(step, *numbers):
@@ -132,7 +132,7 @@ def test_a_crash_repeats_from_the_last_save(mesh, tmp_path):
     assert events(tmp_path / "b") == [
         ("start", 0), ("save", 2), ("save", 4), ("stop", 5), ("start", 4), ("restore", 4), ("save", 6), ("stop", 6),
     ]  # fmt: skip
-    reasons = [line["reason"] for line in lines(tmp_path / "b" / "events.jsonl") if line["event"] == "stop"]
+    reasons = [line["reason"] for line in lines(tmp_path / "b" / "events.jsonl") if line["kind"] == "stop"]
     assert reasons == ["left", "finished"]
 
 
@@ -153,6 +153,25 @@ def test_saves_by_time(mesh, tmp_path, monkeypatch):
 
     train(tmp_path, mesh, 7, body, every="10s")
     assert checkpoint.steps(tmp_path / "checkpoints") == [3, 6, 7]
+
+
+def test_saves_by_steps_and_by_time(mesh, tmp_path, monkeypatch):
+    """At multiples of 5, and 10 seconds after the last save."""
+    now = 0.0
+    monkeypatch.setattr("time.monotonic", lambda: now)
+
+    def body(step, run):
+        nonlocal now
+        now += 4
+
+    train(tmp_path, mesh, 9, body, every=(5, "10s"), keep=None)
+    assert checkpoint.steps(tmp_path / "checkpoints") == [3, 5, 8, 9]
+
+
+@pytest.mark.parametrize("every", [(100, 200), ("10min", "1h"), ()], ids=str)
+def test_every_is_one_of_each(every, tmp_path):
+    with pytest.raises(CheckpointError, match="give steps, or a time, or one of each"):
+        Run(tmp_path, every=every)
 
 
 def test_plain_arrays_are_handed_over(mesh, tmp_path):
@@ -234,7 +253,7 @@ def test_metrics_are_scalars(tmp_path):
     )
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=str)
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75)], ids=str)
 def test_signals_finish_the_step_and_save(number, code, mesh, tmp_path, caplog):
     before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
     if number == signal.SIGTERM:
@@ -354,7 +373,7 @@ def test_a_damaged_step_is_set_aside_and_done_again(mesh, tmp_path, caplog):
     assert resumed == train(tmp_path / "a", mesh, 6)[2]
     assert "step 4 is DAMAGED, so the latest valid step is 2." in caplog.text
     assert sorted(path.name for path in (tmp_path / "b" / "checkpoints").iterdir()) == ["2", "4", "4.damaged", "6"]
-    (why,) = [line["why"] for line in lines(tmp_path / "b" / "events.jsonl") if line["event"] == "set_aside"]
+    (why,) = [line["why"] for line in lines(tmp_path / "b" / "events.jsonl") if line["kind"] == "set_aside"]
     assert why.endswith(": other bytes than were saved (SHA-256)")
 
 
@@ -415,7 +434,9 @@ def test_a_loader_without_a_state_is_refused(mesh, tmp_path):
     [
         (None, Every()), (100, Every(steps=100)), ("100", None), ("100steps", Every(steps=100)),
         ("1 step", Every(steps=1)), ("90s", Every(seconds=90.0)), ("10min", Every(seconds=600.0)),
-        ("1.5h", Every(seconds=5400.0)), ("1d", Every(seconds=86400.0)), ("1.5steps", None), ("10mins", None),
+        ("1.5h", Every(seconds=5400.0)), ("1d", Every(seconds=86400.0)),
+        ((100, "10min"), Every(steps=100, seconds=600.0)), ("10min,100", Every(steps=100, seconds=600.0)),
+        ("1.5steps", None), ("10mins", None),
         (0, None), (-1, None), (True, None), ("0s", None), ("", None),
     ],
     ids=repr,
@@ -447,7 +468,7 @@ def test_it_logs_through_logging(mesh, tmp_path, caplog):
 SCRIPT = """
     import os, signal, sys, time
     import jax.numpy as jnp
-    from jaxpar.run import Run
+    from jaxpar.run import Run, read
 
     run = Run(sys.argv[1], every=5, writers=())
     w, = run.restore((jnp.zeros(3),))
@@ -464,7 +485,7 @@ SCRIPT = """
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL], ids=str)
 def test_processes_that_are_killed(number, child_env, tmp_path):
-    """SIGTERM saves step 12 and exits with 143; kill -9 leaves what was saved, and nothing half-visible."""
+    """SIGTERM saves step 12 and exits with 75; kill -9 leaves what was saved, and nothing half-visible."""
     script = textwrap.dedent(SCRIPT)
     if number == signal.SIGTERM:
         script = script.replace("time.sleep(60)", "os.kill(os.getpid(), signal.SIGTERM)")
@@ -475,7 +496,7 @@ def test_processes_that_are_killed(number, child_env, tmp_path):
     if number == signal.SIGKILL:
         os.kill(process.pid, number)
     _, errors = process.communicate(timeout=60)
-    assert process.returncode == (143 if number == signal.SIGTERM else -9), errors.decode()
+    assert process.returncode == (75 if number == signal.SIGTERM else -9), errors.decode()
     expected = [5, 10, 12] if number == signal.SIGTERM else [5, 10]
     assert checkpoint.steps(tmp_path / "a" / "checkpoints") == expected
     (w,) = checkpoint.restore(tmp_path / "a" / "checkpoints", (jnp.zeros(3),))
@@ -486,7 +507,7 @@ PEER = """
     import os, signal, sys
     import jax, numpy as np
     from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
-    from jaxpar.run import Run
+    from jaxpar.run import Run, read
 
     index = int(sys.argv[1])
     jax.distributed.initialize(f"127.0.0.1:{sys.argv[2]}", 2, index)
@@ -507,7 +528,7 @@ PEER = """
 
 @pytest.mark.multiprocess
 def test_processes_stop_at_the_same_step(child_env, tmp_path):
-    """SIGTERM to process 1 alone: both save step 5 and exit with 143; one process restores it."""
+    """SIGTERM to process 1 alone: both save step 5 and exit with 75; one process restores it."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -517,12 +538,15 @@ def test_processes_stop_at_the_same_step(child_env, tmp_path):
         for index in range(2)
     ]
     try:
-        assert [peer.wait(timeout=60) for peer in peers] == [143, 143]
+        assert [peer.wait(timeout=60) for peer in peers] == [75, 75]
     finally:
         for peer in peers:
             peer.kill()
             peer.wait()
     assert events(tmp_path) == [("start", 0), ("save", 5), ("stop", 5)]
+    (notice,) = [event for event in read(tmp_path) if event.kind == "notice"]
+    assert (notice.process, notice.step) == (1, 5)
+    assert notice.text == f"SIGTERM came to process 1 on {notice.host}: saving step 5."
     assert [line["loss"] for line in lines(tmp_path / "metrics.jsonl")] == [0.0, 1.0, 2.0, 3.0, 4.0]
     (w,) = checkpoint.restore(tmp_path / "checkpoints", (jnp.zeros((8, 2)),))
     assert w.tolist() == [[5.0] * 2] * 8

@@ -16,10 +16,9 @@ from typing import TypeAlias
 
 import numpy as np
 
-from .._hlo import MeshAxes
-from .._hlo._groups import pairs_of
-from .._hlo._text import Op, Program
-from .._hlo._values import evaluate
+from ._groups import MeshAxes, pairs_of
+from ._text import Op, Program
+from ._values import evaluate
 
 BATCH = 1 << 62
 """The bit of a value that is computed from the batch."""

@@ -1,0 +1,179 @@
+"""What every chaos test trains: a tiny model with dropout, by a loop of its own over `Run`, or by `fit`.
+
+    python worker.py '{"loop": "run", "directory": ..., "steps": 24, "every": 3, "faults": {"1": ["raise", 0, 5]}}'
+
+A fault belongs to one start of the group (`JAXPAR_ATTEMPT`) and one process. Each process notes the ids of the samples
+of each of its steps in `ids/`.
+"""
+
+import json
+import os
+import pathlib
+import random
+import signal
+import sys
+import threading
+import time
+
+settings = json.loads(sys.argv[1])
+attempt = int(os.environ.get("JAXPAR_ATTEMPT", "1"))
+slot = int(os.environ.get("JAXPAR_SLOT", "0"))
+directory = pathlib.Path(settings["directory"])
+fault, *where = settings.get("faults", {}).get(str(attempt), ["none"])
+is_here = bool(where) and where[0] == slot
+
+if fault == "dies at start" and is_here:
+    sys.exit("no such device")
+if (pathlib.Path(settings["directory"]) / f"broken_{slot}").exists():
+    os._exit(13)
+
+if fault == "clocks jump":
+    # The wall clock of this process, before anything has imported it: every other step eight minutes forth or back.
+    # (With more than 20 minutes Orbax, which reckons by it, calls a save of seconds too long.)
+    import datetime as dt
+
+    shift, honest = [0.0], time.time
+
+    class Jumping(dt.datetime):
+        __slots__ = ()
+
+        @classmethod
+        def now(cls, tz=None):
+            return dt.datetime.fromtimestamp(time.time(), tz)
+
+    time.time, dt.datetime = lambda: honest() + shift[0], Jumping
+
+import jax
+import numpy as np
+import optax
+from flax import nnx
+
+import jaxpar as jp
+
+jp.initialize()
+if fault == "SIGTERM" and is_here and len(where) == 1:  # before the loop: JAX's preemption service takes it
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+class Model(nnx.Module):
+    def __init__(self, rngs):
+        self.up = nnx.Linear(16, 64, rngs=rngs)
+        self.drop = nnx.Dropout(0.2, rngs=rngs) if settings.get("dropout", True) else lambda x: x
+        self.down = nnx.Linear(64, 16, rngs=rngs)
+
+    def __call__(self, x):
+        return self.down(self.drop(nnx.gelu(self.up(x))))
+
+
+def loss_fn(model, batch):
+    error = ((model(batch["x"]) - batch["x"][:, ::-1]) ** 2).mean(axis=1)
+    return (error * batch["weights"]).sum(), batch["weights"].sum()
+
+
+class Samples:
+    """64 samples that know their number."""
+
+    def __len__(self):
+        return 64
+
+    def __getitem__(self, index):
+        x = np.random.default_rng(index).normal(size=16).astype(np.float32)
+        return {"x": x, "id": np.int32(index), "weights": np.float32(1)}
+
+
+class Noted:
+    """Batches, whose ids are noted, and at whose steps something happens."""
+
+    def __init__(self, batches):
+        self.batches = batches
+        self.get_state, self.close = batches.get_state, batches.close
+        self.set_state = batches.set_state
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        step = self.batches.step + 1
+        strike(step)
+        batch = next(self.batches)
+        shards = [(s.index[0].start or 0, np.asarray(s.data)) for s in batch["id"].addressable_shards]
+        weights = [(s.index[0].start or 0, np.asarray(s.data)) for s in batch["weights"].addressable_shards]
+        rows = {
+            start + row: int(each)
+            for (start, ids), (_, real) in zip(shards, weights, strict=True)
+            for row, each in enumerate(ids)
+            if real[row]
+        }
+        file = directory / "ids" / f"{attempt}_{jax.process_index()}.jsonl"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with file.open("a") as opened:
+            opened.write(json.dumps([step, rows]) + "\n")
+        time.sleep(settings.get("pause", 0.0))
+        return batch
+
+
+def strike(step):
+    if fault == "clocks jump" and step % 2:
+        shift[0] = random.choice([-480.0, 0.0, 480.0])
+    if not is_here or len(where) < 2 or step != where[1]:
+        return
+    if fault == "raise":
+        raise RuntimeError("out of luck")
+    if fault in ("SIGKILL", "SIGTERM", "SIGSTOP"):
+        os.kill(os.getpid(), getattr(signal, fault))
+    if fault == "for good":
+        (directory / f"broken_{slot}").touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    if fault == "full disk":  # the kernel refuses what goes beyond 2 kB in any file, as a full disk does
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2000, resource.RLIM_INFINITY))
+    if fault == "killed in a save":
+        threading.Thread(target=kill_in_a_save, daemon=True).start()
+
+
+def kill_in_a_save():
+    while not any((directory / "checkpoints").glob("*.saving*")):
+        time.sleep(0.0005)
+    time.sleep(random.uniform(0, 0.02))
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+batch = {
+    "x": np.zeros((settings["batch"], 16), np.float32),
+    "id": np.zeros(settings["batch"], np.int32),
+    "weights": np.ones(settings["batch"], np.float32),
+    "sample": np.zeros(settings["batch"], np.int32),
+}
+mesh = jp.mesh(**settings.get("mesh", {"fsdp": -1}))
+strategies = [jp.DP(), jp.FSDP(min_bytes=0), jp.TP(column=["up"], row=["down"])]
+strategies = [each for each in strategies if each.axis in mesh.shape]
+loader = jp.data.Loader(Samples(), batch_size=settings["batch"])
+adam = optax.adam(1e-2)
+if settings["loop"] == "fit":
+    recipe = jp.Recipe(
+        model=lambda: Model(nnx.Rngs(0)), loss=loss_fn, optimizer=adam, strategies=strategies, batch=batch
+    )
+    program = recipe.on(mesh)
+    batches = Noted(loader.to(program.plan))
+    fitted = jp.fit(program, batches, steps=settings["steps"], directory=directory, every=settings["every"])
+    sys.exit(fitted.exit_code)
+
+plan = jp.plan(lambda: Model(nnx.Rngs(0)), mesh, strategies)
+model = plan.init()
+opt = nnx.Optimizer(model, adam, wrt=nnx.Param)
+
+
+@plan.jit
+def train_step(model, opt, batch):
+    loss, grads = jp.value_and_grad(loss_fn)(model, batch)
+    opt.update(model, grads)
+    return loss
+
+
+run = jp.Run(directory, every=settings["every"], writers=())
+model, opt, batches = run.restore((model, opt, Noted(loader.to(plan))))
+for _ in run.steps(settings["steps"]):
+    run.log(loss=train_step(model, opt, next(batches)))
+batches.close()
+sys.exit(run.exit_code)

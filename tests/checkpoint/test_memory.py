@@ -1,0 +1,76 @@
+"""Four processes of one device each read a model of 256 MiB: none ever holds more than its shard and a constant."""
+
+import socket
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+SHARD = 64  # MiB of each process
+CONSTANT = 64  # MiB beside it, at most: `_orbax.READ_BYTES`
+
+PEER = """
+    import ctypes, pathlib, re, sys
+    import jax, numpy as np
+    from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+    from jaxpar import checkpoint
+
+    index, home = int(sys.argv[1]), pathlib.Path(sys.argv[3])
+    jax.distributed.initialize(f"127.0.0.1:{sys.argv[2]}", 4, index)
+    devices = jax.make_mesh((4,), ("fsdp",), axis_types=(AxisType.Auto,))
+    by_rows, by_columns = (NamedSharding(devices, spec) for spec in (P(None, "fsdp"), P(None, None, "fsdp")))
+    SHAPE = (8, 1024, 1024)  # 32 MiB: a stack of layers
+
+    def status(name):
+        return int(re.search(name + r":\\s+(\\d+)", pathlib.Path("/proc/self/status").read_text())[1]) / 1024
+
+    def grown(read):
+        ctypes.CDLL(None).malloc_trim(0)  # what is free is given back, or it would be taken again unseen
+        before = status("VmRSS")
+        pathlib.Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+        kept = jax.block_until_ready(read())
+        assert len(kept) == 8
+        return round(status("VmHWM") - before, 1)
+
+    part = np.ones((8, 256, 1024), np.float32)
+    tree = {f"w{each}": jax.make_array_from_process_local_data(by_rows, part, SHAPE) for each in range(8)}
+    layout = {name: checkpoint.Tensor(name + ".{}", transpose=(1, 0)) for name in tree}
+    small = {"w": tree["w0"][:1]}
+    checkpoint.save(home / "small", 1, small)
+    checkpoint.save(home / "native", 1, tree)
+    checkpoint.save_safetensors(home / "other", tree, layout, file_bytes=100_000_000)
+    del tree
+    like = lambda names, shape: {name: jax.ShapeDtypeStruct(shape, np.float32, sharding=by_columns) for name in names}
+    checkpoint.restore(home / "small", like(["w"], (1, 1024, 1024)))  # threads and modules are there from now on
+    wanted = like(layout, SHAPE)
+    print(grown(lambda: checkpoint.restore(home / "native", wanted)),
+          grown(lambda: checkpoint.load_safetensors(home / "other", wanted, layout)), flush=True)
+"""
+
+
+@pytest.mark.multiprocess
+def test_peak_of_a_restore(child_env, tmp_path):
+    """By columns of what was saved by rows, so that every process reads from what all of them wrote."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    command = [sys.executable, "-c", textwrap.dedent(PEER)]
+    env = {**child_env, "JAX_NUM_CPU_DEVICES": "1", "MALLOC_ARENA_MAX": "2"}  # free memory is kept by arena
+    peers = [
+        subprocess.Popen(
+            [*command, str(index), port, tmp_path], env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        )
+        for index in range(4)
+    ]
+    try:
+        said = [peer.communicate(timeout=280) for peer in peers]
+    finally:
+        for peer in peers:
+            peer.kill()
+            peer.wait()
+    assert [peer.returncode for peer in peers] == [0] * 4, said
+    for out, _ in said:
+        native, other = map(float, out.splitlines()[-1].split())
+        assert SHARD * 0.9 < native < SHARD + CONSTANT, out
+        assert SHARD * 0.9 < other < SHARD + CONSTANT, out
