@@ -57,12 +57,15 @@ class Setting:
         window: How many positions it sees, its own included (and as many after it if not causal); `None` for all.
         scale: Of the scores.
         block: Most queries, and most keys, of one block.
+        skips: Whether to ask, while running, if anything is seen in a pair of blocks. Not where rows lie on several
+            devices and a program is for all of them: the question itself would cross devices.
     """
 
     causal: bool
     window: int | None
     scale: float
     block: int = BLOCK
+    skips: bool = True
 
     def sees(self, queries: Marks, keys: Marks) -> jax.Array | None:
         """Which keys each query sees, [b, Q, S]; `None` for all."""
@@ -75,7 +78,9 @@ class Setting:
         return ft.reduce(jnp.logical_and, seen) if seen else None
 
     def sees_any(self, queries: Marks, keys: Marks) -> jax.Array | None:
-        """Whether any query may see any key, by their positions; `None` if surely."""
+        """Whether any query may see any key, by their positions; `None` if so, or if nobody is to ask."""
+        if not self.skips:
+            return None
         seen = []
         if self.causal:
             seen.append(queries.at.max() >= keys.at.min())

@@ -66,16 +66,20 @@ class Chosen:
         asked: What for.
         name: Which.
         words: Of the choice, for the notes of a step.
+        skips: Whether blockwise attention skips what is not seen.
     """
 
     asked: Asked
     name: Name
     words: str
+    skips: bool = True
 
     @property
     def setting(self) -> Setting:
         """What blockwise attention needs to know."""
-        return Setting(causal=self.asked.causal, window=self.asked.window, scale=self.asked.scale, block=BLOCK)
+        return Setting(
+            causal=self.asked.causal, window=self.asked.window, scale=self.asked.scale, block=BLOCK, skips=self.skips
+        )
 
     def run(self, heads: Heads, queries: Marks, keys: Marks, masks: Any = None) -> jax.Array:
         """Attention [B, Q, K, G, H] over keys that are all here; `masks` are `splash_masks`, of splash alone."""

@@ -61,9 +61,7 @@ def plain(mesh, m):
         _, ys = lax.scan(jax.checkpoint(tick), zeros, jnp.arange(m + p - 1))
         return ys[p - 1 :][None]
 
-    region = jax.shard_map(
-        through, mesh=mesh, in_specs=(P("pipe"), P(None, "data")), out_specs=P("pipe", None, "data")
-    )
+    region = jax.shard_map(through, mesh=mesh, in_specs=(P("pipe"), P(None, "data")), out_specs=P("pipe", None, "data"))
 
     def mean(parameters, batch):
         ends, blocks = parameters
@@ -122,7 +120,9 @@ def main():
         print(f"{STAGES} stages, {REPLICAS} replicas, {m} microbatches")
         for name, seconds in took.items():
             ratios = [mine / theirs for mine, theirs in zip(seconds, took["plain"], strict=True)]
-            print(f"  {name:12} {1e3 * min(seconds):8.1f} ms at best   {statistics.median(ratios):5.2f} of the plain one")
+            print(
+                f"  {name:12} {1e3 * min(seconds):8.1f} ms at best   {statistics.median(ratios):5.2f} of the plain one"
+            )
 
 
 if __name__ == "__main__":
