@@ -222,8 +222,8 @@ def backward(heads: Heads, queries: Marks, keys: Marks, pulled: Pulled, setting:
 def _together(heads: Heads, queries: Marks, keys: Marks) -> tuple[Heads, Marks, Marks]:
     """The same arrays, none of which is known before all are.
 
-    Marks are the same in every layer of a scan. JAX computes what depends on them alone before the loop and keeps it: the
-    masks of all pairs of blocks, which is an array of all queries by all keys.
+    Marks are the same in every layer of a scan. JAX computes what depends on them alone before the loop and keeps it:
+    the masks of all pairs of blocks, which is an array of all queries by all keys.
     """
     return lax.optimization_barrier((heads, queries, keys))
 
