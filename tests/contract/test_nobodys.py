@@ -1,7 +1,7 @@
 """Models that nobody wrote for us, zero lines of them changed: `(path pattern, dims)` rules say all there is to say.
 
-One of Flax Linen, one of Equinox, one of plain pytrees (`jax.example_libraries.stax`), each as its package has it; and a
-stranger's whole Linen model. On data 2 x fsdp 2 x tensor 2 each has the numbers of one device.
+One of Flax Linen, one of Equinox, one of plain pytrees (`jax.example_libraries.stax`), each as its package has it; and
+a stranger's whole Linen model. On data 2 x fsdp 2 x tensor 2 each has the numbers of one device.
 """
 
 import equinox as eqx
