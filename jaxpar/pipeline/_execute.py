@@ -19,7 +19,6 @@ Shapes: m microbatches, R replicas, p stages, v chunks, n layers of a chunk, b r
 """
 
 import dataclasses
-import functools as ft
 import math
 from collections.abc import Callable
 from typing import Any
@@ -577,12 +576,20 @@ class Run:
         return back
 
     def _mapped(self, function: Callable[..., Any], form: "_Form") -> Callable[..., Any]:
-        """`function(ends, ...)` for each replica apart, and for each part of its rows."""
+        """`function(ends, ...)` for each replica apart, and for each part of its rows.
+
+        By one `vmap` over both: a region with names of axes, such as that of `jp.embed`, fails in one within another.
+        """
+        names = (*self.replicas, self.axis) if form.is_split else self.replicas
 
         def run(ends: PyTree, *rest: Any) -> Any:
-            mapped = ft.partial(jax.vmap, in_axes=(None, *[0] * len(rest)))
-            inner = mapped(function, spmd_axis_name=self.axis) if form.is_split else function
-            return mapped(inner, spmd_axis_name=self.replicas or None)(ends, *rest)
+            if form.is_split:
+                rest = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), rest)
+            in_axes = (None, *[0] * len(rest))
+            found = jax.vmap(function, in_axes=in_axes, spmd_axis_name=names or None)(ends, *rest)
+            if not form.is_split:
+                return found
+            return jax.tree.map(lambda leaf: leaf.reshape(*form.lead, *leaf.shape[1:]), found)
 
         return run
 
