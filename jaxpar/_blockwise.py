@@ -198,7 +198,8 @@ def backward(heads: Heads, queries: Marks, keys: Marks, pulled: Pulled, setting:
                 d_k = product("bkgqs,bqkgh->bskh", d_scores, q)
                 return d_q + product("bkgqs,bskh->bqkgh", d_scores, k), d_k, d_v
 
-            d_q, d_k, d_v = _if_any(setting, q_marks, k_marks, seen, lambda d_q: (d_q, zero(k), zero(v)), d_q)
+            unseen = lambda d_q: (d_q, *_varying_as((zero(k), zero(v)), (k, v)))
+            d_q, d_k, d_v = _if_any(setting, q_marks, k_marks, seen, unseen, d_q)
             return d_q, (d_k, d_v)
 
         d_q, more = _scan(each_key, zero(q), blocks.keys)
@@ -255,11 +256,24 @@ def _joined(blocks: jax.Array, count: int, dim: int) -> jax.Array:
 
 
 def _scan(body: Any, start: Any, blocks: Any) -> Any:
-    """`lax.scan`, without a loop for one block."""
+    """`lax.scan`, without a loop for one block; what it starts with differs between the devices that blocks do."""
+    start = _varying_as(start, blocks)
     if len(jax.tree.leaves(blocks)[0]) > 1:
         return lax.scan(body, start, blocks)
     end, out = body(start, jax.tree.map(lambda x: x[0], blocks))
     return end, jax.tree.map(lambda x: x[None], out)
+
+
+def _varying_as(start: Any, blocks: Any) -> Any:
+    """`start`, declared to differ between devices along the axes that `blocks` do: in a region, a stage's for one."""
+    varying = [jax.typeof(leaf).manual_axis_type.varying for leaf in jax.tree.leaves(blocks)]
+    axes = frozenset[str]().union(*varying)
+
+    def one(leaf: jax.Array) -> jax.Array:
+        missing = tuple(sorted(axes - jax.typeof(leaf).manual_axis_type.varying))
+        return lax.pcast(leaf, missing, to="varying") if missing else leaf
+
+    return jax.tree.map(one, start)
 
 
 def _scores(

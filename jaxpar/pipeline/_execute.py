@@ -2,16 +2,16 @@
 
 A scan over ticks. In each of them
 
-    embed the microbatch that enters            in global view: once, its table split as the caller likes
+    embed the microbatch that enters            in global view: each stage a part of its rows, where they divide
     ┌ take in what came, run one forward        manual over `pipe` and the replicas; under `lax.cond`, so that a bubble
     └                                           costs nothing
-    the loss of the microbatch that leaves      in global view again: its matrix too may be split over all stages
+    the loss of the microbatch that leaves      in global view again, and again each stage a part of the rows
     ┌ run one backward, add to the gradients,   each under its cond
     └ permute both results to the neighbours    outside of every branch, or devices would wait for ever
     embed's backward
 
 The backward computes its stage's forward again from the saved input, so that a stage keeps one activation for each
-microbatch in flight, in rings as large as the schedule needs them (`Buffers`). `jax.vjp` is called *inside* the branch:
+microbatch in flight, in rings as large as the schedule needs them (`Schedule.room`, `Buffers`), written in place. `jax.vjp` is called *inside* the branch:
 differentiating through a branch that only some devices take gives wrong gradients without an error (jax#40823).
 Gradients add up on each replica apart and are summed over replicas once, after the scan.
 
@@ -751,7 +751,8 @@ def _check(schedule: Schedule, mesh: AnyMesh, axis: str, replicas: Axes) -> None
     if schedule.splits_backward:
         raise ShardingError(
             f"pipeline: {schedule.name!r} computes gradients of weights apart (W). Here the backward computes its "
-            "stage again from the input, and would do so twice: slower than '1f1b'. Use that, or 'gpipe'."
+            "stage again from the input, and would do so twice: with 4 stages and 8 microbatches 60 forwards long, where "
+            "'1f1b' takes 44. Use that, or 'gpipe'."
         )
 
 
