@@ -11,8 +11,9 @@ A scan over ticks. In each of them
     embed's backward
 
 The backward computes its stage's forward again from the saved input, so that a stage keeps one activation for each
-microbatch in flight, in rings as large as the schedule needs them (`Schedule.room`, `Buffers`), written in place. `jax.vjp` is called *inside* the branch:
-differentiating through a branch that only some devices take gives wrong gradients without an error (jax#40823).
+microbatch in flight, in rings as large as the schedule needs them (`Schedule.room`, `Buffers`), written in place.
+`jax.vjp` is called *inside* the branch: differentiating through a branch that only some devices take gives wrong
+gradients without an error (jax#40823).
 Gradients add up on each replica apart and are summed over replicas once, after the scan.
 
 Shapes: m microbatches, R replicas, p stages, v chunks, n layers of a chunk, b rows of a microbatch on a replica.
@@ -232,7 +233,7 @@ class Run:
         }
 
     def _form(self, ends: PyTree, micro: PyTree) -> "_Form":
-        """The form of the stream; with rows split over the stages where all that has a gradient, or is added up, has some.
+        """The form of the stream; its rows are split over stages where all that has a gradient, or is added up, has some.
 
         A key of random numbers may have none, if it is the same for all rows.
         """
@@ -751,8 +752,8 @@ def _check(schedule: Schedule, mesh: AnyMesh, axis: str, replicas: Axes) -> None
     if schedule.splits_backward:
         raise ShardingError(
             f"pipeline: {schedule.name!r} computes gradients of weights apart (W). Here the backward computes its "
-            "stage again from the input, and would do so twice: with 4 stages and 8 microbatches 60 forwards long, where "
-            "'1f1b' takes 44. Use that, or 'gpipe'."
+            "stage again from the input, and would do so twice: with 4 stages and 8 microbatches a step of 60 forwards, "
+            "where '1f1b' takes 44. Use that, or 'gpipe'."
         )
 
 
