@@ -1,4 +1,4 @@
-"""How often a step with stages takes the branches of its ticks: its program does not say that, and its schedule does."""
+"""How often a step with stages takes the branches of its ticks, which its schedule says, and its program does not."""
 
 from typing import Any
 

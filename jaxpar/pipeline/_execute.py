@@ -233,7 +233,7 @@ class Run:
         }
 
     def _form(self, ends: PyTree, micro: PyTree) -> "_Form":
-        """The form of the stream; its rows are split over stages where all that has a gradient, or is added up, has some.
+        """The form of the stream; its rows are split over stages if all that has a gradient, or is added up, has some.
 
         A key of random numbers may have none, if it is the same for all rows.
         """
@@ -752,8 +752,8 @@ def _check(schedule: Schedule, mesh: AnyMesh, axis: str, replicas: Axes) -> None
     if schedule.splits_backward:
         raise ShardingError(
             f"pipeline: {schedule.name!r} computes gradients of weights apart (W). Here the backward computes its "
-            "stage again from the input, and would do so twice: with 4 stages and 8 microbatches a step of 60 forwards, "
-            "where '1f1b' takes 44. Use that, or 'gpipe'."
+            "stage again from the input, and would do so twice: with 4 stages and 8 microbatches a step takes 60 times "
+            "a forward, with '1f1b' 44. Use that, or 'gpipe'."
         )
 
 
