@@ -57,12 +57,15 @@ class Setting:
         window: How many positions it sees, its own included (and as many after it if not causal); `None` for all.
         scale: Of the scores.
         block: Most queries, and most keys, of one block.
+        skips: Whether to ask, while running, if anything is seen in a pair of blocks. Not where rows lie on several
+            devices and a program is for all of them: the question itself would cross devices.
     """
 
     causal: bool
     window: int | None
     scale: float
     block: int = BLOCK
+    skips: bool = True
 
     def sees(self, queries: Marks, keys: Marks) -> jax.Array | None:
         """Which keys each query sees, [b, Q, S]; `None` for all."""
@@ -75,7 +78,9 @@ class Setting:
         return ft.reduce(jnp.logical_and, seen) if seen else None
 
     def sees_any(self, queries: Marks, keys: Marks) -> jax.Array | None:
-        """Whether any query may see any key, by their positions; `None` if surely."""
+        """Whether any query may see any key, by their positions; `None` if so, or if nobody is to ask."""
+        if not self.skips:
+            return None
         seen = []
         if self.causal:
             seen.append(queries.at.max() >= keys.at.min())
@@ -144,6 +149,7 @@ def merge(one: Part, other: Part) -> Part:
 def forward(heads: Heads, queries: Marks, keys: Marks, setting: Setting) -> Part:
     """Attention over these keys alone; `out` is as wide as the softmax."""
     wide = width_of(heads.q.dtype)
+    heads, queries, keys = _together(heads, queries, keys)
     count, blocks = heads.q.shape[1], _Blocks.of(heads, queries, keys, setting)
 
     def each_query(_: None, query: Any) -> Any:
@@ -165,6 +171,7 @@ def forward(heads: Heads, queries: Marks, keys: Marks, setting: Setting) -> Part
         batch, size, num_kv, group, width = q.shape
         rows = (batch, num_kv, group, size)
         start = jnp.full(rows, LOWEST, wide), jnp.zeros(rows, wide), jnp.zeros((*rows, width), wide)
+        start = _varying_like(start, q)
         (peak, total, out), _ = _scan(each_key, start, blocks.keys)
         safe = jnp.where(total == 0, 1, total)
         out = jnp.moveaxis(out / safe[..., None], 3, 1)
@@ -177,10 +184,11 @@ def forward(heads: Heads, queries: Marks, keys: Marks, setting: Setting) -> Part
 def backward(heads: Heads, queries: Marks, keys: Marks, pulled: Pulled, setting: Setting) -> Heads:
     """Gradients of attention over these keys, as wide as the softmax; `pulled` is of all keys."""
     wide = pulled.log_sum.dtype
+    heads, queries, keys = _together(heads, queries, keys)
     blocks = _Blocks.of(heads, queries, keys, setting)
     num = len(blocks.queries[1].at), len(blocks.keys[2].at)
     pulls = _split(pulled.d_out, 1, num[0]), _split(pulled.log_sum, 3, num[0]), _split(pulled.delta, 3, num[0])
-    zero = lambda x: jnp.zeros(x.shape, wide)
+    zero = lambda x: _varying_like(jnp.zeros(x.shape, wide), heads.q)
 
     def each_query(so_far: Any, query: Any) -> Any:
         (q, q_marks), (d_out, log_sum, delta) = query
@@ -198,8 +206,7 @@ def backward(heads: Heads, queries: Marks, keys: Marks, pulled: Pulled, setting:
                 d_k = product("bkgqs,bqkgh->bskh", d_scores, q)
                 return d_q + product("bkgqs,bskh->bqkgh", d_scores, k), d_k, d_v
 
-            unseen = lambda d_q: (d_q, *_varying_as((zero(k), zero(v)), (k, v)))
-            d_q, d_k, d_v = _if_any(setting, q_marks, k_marks, seen, unseen, d_q)
+            d_q, d_k, d_v = _if_any(setting, q_marks, k_marks, seen, lambda d_q: (d_q, zero(k), zero(v)), d_q)
             return d_q, (d_k, d_v)
 
         d_q, more = _scan(each_key, zero(q), blocks.keys)
@@ -210,6 +217,15 @@ def backward(heads: Heads, queries: Marks, keys: Marks, pulled: Pulled, setting:
     return Heads(
         _joined(d_q, heads.q.shape[1], 1), _joined(d_k, heads.k.shape[1], 1), _joined(d_v, heads.v.shape[1], 1)
     )
+
+
+def _together(heads: Heads, queries: Marks, keys: Marks) -> tuple[Heads, Marks, Marks]:
+    """The same arrays, none of which is known before all are.
+
+    Marks are the same in every layer of a scan. JAX computes what depends on them alone before the loop and keeps it:
+    the masks of all pairs of blocks, which is an array of all queries by all keys.
+    """
+    return lax.optimization_barrier((heads, queries, keys))
 
 
 _NOBODY = jnp.iinfo(jnp.int32).min  # segments of what fills up the last blocks
@@ -256,24 +272,21 @@ def _joined(blocks: jax.Array, count: int, dim: int) -> jax.Array:
 
 
 def _scan(body: Any, start: Any, blocks: Any) -> Any:
-    """`lax.scan`, without a loop for one block; what it starts with differs between the devices that blocks do."""
-    start = _varying_as(start, blocks)
+    """`lax.scan`, without a loop for one block."""
     if len(jax.tree.leaves(blocks)[0]) > 1:
         return lax.scan(body, start, blocks)
     end, out = body(start, jax.tree.map(lambda x: x[0], blocks))
     return end, jax.tree.map(lambda x: x[None], out)
 
 
-def _varying_as(start: Any, blocks: Any) -> Any:
-    """`start`, declared to differ between devices along the axes that `blocks` do: in a region, a stage's for one."""
-    varying = [jax.typeof(leaf).manual_axis_type.varying for leaf in jax.tree.leaves(blocks)]
-    axes = frozenset[str]().union(*varying)
+def _varying_like(tree: Any, x: jax.Array) -> Any:
+    """Fresh arrays as ones that differ between devices where `x` does: loops and branches want one type throughout."""
 
-    def one(leaf: jax.Array) -> jax.Array:
-        missing = tuple(sorted(axes - jax.typeof(leaf).manual_axis_type.varying))
-        return lax.pcast(leaf, missing, to="varying") if missing else leaf
+    def one(fresh: jax.Array) -> jax.Array:
+        missing = jax.typeof(x).manual_axis_type.varying - jax.typeof(fresh).manual_axis_type.varying
+        return lax.pcast(fresh, tuple(missing), to="varying") if missing else fresh
 
-    return jax.tree.map(one, start)
+    return jax.tree.map(one, tree)
 
 
 def _scores(
