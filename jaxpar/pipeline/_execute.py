@@ -2,24 +2,24 @@
 
 A scan over ticks. In each of them
 
-    embed the microbatch that enters            in global view: once, its table split as the caller likes
+    embed the microbatch that enters            in global view: each stage a part of its rows, where they divide
     ┌ take in what came, run one forward        manual over `pipe` and the replicas; under `lax.cond`, so that a bubble
     └                                           costs nothing
-    the loss of the microbatch that leaves      in global view again: its matrix too may be split over all stages
+    the loss of the microbatch that leaves      in global view again, and again each stage a part of the rows
     ┌ run one backward, add to the gradients,   each under its cond
     └ permute both results to the neighbours    outside of every branch, or devices would wait for ever
     embed's backward
 
 The backward computes its stage's forward again from the saved input, so that a stage keeps one activation for each
-microbatch in flight, in rings as large as the schedule needs them (`Buffers`). `jax.vjp` is called *inside* the branch:
-differentiating through a branch that only some devices take gives wrong gradients without an error (jax#40823).
+microbatch in flight, in rings as large as the schedule needs them (`Schedule.room`, `Buffers`), written in place.
+`jax.vjp` is called *inside* the branch: differentiating through a branch that only some devices take gives wrong
+gradients without an error (jax#40823).
 Gradients add up on each replica apart and are summed over replicas once, after the scan.
 
 Shapes: m microbatches, R replicas, p stages, v chunks, n layers of a chunk, b rows of a microbatch on a replica.
 """
 
 import dataclasses
-import functools as ft
 import math
 from collections.abc import Callable
 from typing import Any
@@ -233,7 +233,7 @@ class Run:
         }
 
     def _form(self, ends: PyTree, micro: PyTree) -> "_Form":
-        """The form of the stream, rows split over the stages where all that has a gradient, or is added up, has some.
+        """The form of the stream; its rows are split over stages if all that has a gradient, or is added up, has some.
 
         A key of random numbers may have none, if it is the same for all rows.
         """
@@ -577,12 +577,20 @@ class Run:
         return back
 
     def _mapped(self, function: Callable[..., Any], form: "_Form") -> Callable[..., Any]:
-        """`function(ends, ...)` for each replica apart, and for each part of its rows."""
+        """`function(ends, ...)` for each replica apart, and for each part of its rows.
+
+        By one `vmap` over both: a region with names of axes, such as that of `jp.embed`, fails in one within another.
+        """
+        names = (*self.replicas, self.axis) if form.is_split else self.replicas
 
         def run(ends: PyTree, *rest: Any) -> Any:
-            mapped = ft.partial(jax.vmap, in_axes=(None, *[0] * len(rest)))
-            inner = mapped(function, spmd_axis_name=self.axis) if form.is_split else function
-            return mapped(inner, spmd_axis_name=self.replicas or None)(ends, *rest)
+            if form.is_split:
+                rest = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), rest)
+            in_axes = (None, *[0] * len(rest))
+            found = jax.vmap(function, in_axes=in_axes, spmd_axis_name=names or None)(ends, *rest)
+            if not form.is_split:
+                return found
+            return jax.tree.map(lambda leaf: leaf.reshape(*form.lead, *leaf.shape[1:]), found)
 
         return run
 
@@ -744,7 +752,8 @@ def _check(schedule: Schedule, mesh: AnyMesh, axis: str, replicas: Axes) -> None
     if schedule.splits_backward:
         raise ShardingError(
             f"pipeline: {schedule.name!r} computes gradients of weights apart (W). Here the backward computes its "
-            "stage again from the input, and would do so twice: slower than '1f1b'. Use that, or 'gpipe'."
+            "stage again from the input, and would do so twice: with 4 stages and 8 microbatches a step takes 60 times "
+            "a forward, with '1f1b' 44. Use that, or 'gpipe'."
         )
 
 
