@@ -19,7 +19,6 @@ Shapes: m microbatches, R replicas, p stages, v chunks, n layers of a chunk, b r
 """
 
 import dataclasses
-import functools as ft
 import math
 from collections.abc import Callable
 from typing import Any
@@ -233,7 +232,7 @@ class Run:
         }
 
     def _form(self, ends: PyTree, micro: PyTree) -> "_Form":
-        """The form of the stream; with rows split over the stages where all that has a gradient, or is added up, has some.
+        """The form of the stream; rows are split over stages where all that has a gradient, or is added up, has some.
 
         A key of random numbers may have none, if it is the same for all rows.
         """
@@ -579,10 +578,17 @@ class Run:
     def _mapped(self, function: Callable[..., Any], form: "_Form") -> Callable[..., Any]:
         """`function(ends, ...)` for each replica apart, and for each part of its rows."""
 
+        axes = (*self.replicas, self.axis) if form.is_split else self.replicas
+
+        def together(leaf: jax.Array) -> jax.Array:
+            return self._constrained(leaf.reshape(-1, *leaf.shape[2:]), P(axes))
+
         def run(ends: PyTree, *rest: Any) -> Any:
-            mapped = ft.partial(jax.vmap, in_axes=(None, *[0] * len(rest)))
-            inner = mapped(function, spmd_axis_name=self.axis) if form.is_split else function
-            return mapped(inner, spmd_axis_name=self.replicas or None)(ends, *rest)
+            # One `vmap` over both dims: within two of them the kernels of the ends fail on an operand that has the
+            # inner dim and one that has none ("pvary is a invariant->variant collective"; jax 0.12.0).
+            rest = jax.tree.map(together, rest) if form.is_split else rest
+            found = jax.vmap(function, in_axes=(None, *[0] * len(rest)), spmd_axis_name=axes or None)(ends, *rest)
+            return jax.tree.map(lambda leaf: leaf.reshape(*form.lead, *leaf.shape[1:]), found)
 
         return run
 
