@@ -8,6 +8,7 @@ the notes of the step. Where the plan splits the sequence this is a full-manual 
 Shapes: B batch, T sequence, N query heads, K key and value heads, H features of a head.
 """
 
+import dataclasses
 import functools as ft
 import math
 from typing import Any, get_args
@@ -96,8 +97,13 @@ def attention(
     if isinstance(region, Traced) and chosen.words not in region.attends:
         region.attends.add(chosen.words)
         region.notes.append(chosen.words)
-    if region is None or (split is None and chosen.name != "splash"):
+    if region is None:
         return _on_one(q, k, v, positions, segments, chosen)
+    # What can be skipped is known by position: a device must ask that of its own rows alone.
+    asks = chosen.name == "blockwise" and positions is not None and asked.by_position and q.shape[1] > _kernels.BLOCK
+    if split is None and (region.manual or not (asks or chosen.name == "splash")):
+        by_row = positions is not None and bool(region.crossed or region.manual)
+        return _on_one(q, k, v, positions, segments, dataclasses.replace(chosen, skips=not by_row))
     return _on_many(q, k, v, positions, segments, chosen, region)
 
 

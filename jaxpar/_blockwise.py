@@ -57,12 +57,15 @@ class Setting:
         window: How many positions it sees, its own included (and as many after it if not causal); `None` for all.
         scale: Of the scores.
         block: Most queries, and most keys, of one block.
+        skips: Whether to ask, while running, if anything is seen in a pair of blocks. Not where rows lie on several
+            devices and a program is for all of them: the question itself would cross devices.
     """
 
     causal: bool
     window: int | None
     scale: float
     block: int = BLOCK
+    skips: bool = True
 
     def sees(self, queries: Marks, keys: Marks) -> jax.Array | None:
         """Which keys each query sees, [b, Q, S]; `None` for all."""
@@ -75,7 +78,9 @@ class Setting:
         return ft.reduce(jnp.logical_and, seen) if seen else None
 
     def sees_any(self, queries: Marks, keys: Marks) -> jax.Array | None:
-        """Whether any query may see any key, by their positions; `None` if surely."""
+        """Whether any query may see any key, by their positions; `None` if so, or if nobody is to ask."""
+        if not self.skips:
+            return None
         seen = []
         if self.causal:
             seen.append(queries.at.max() >= keys.at.min())
@@ -144,6 +149,7 @@ def merge(one: Part, other: Part) -> Part:
 def forward(heads: Heads, queries: Marks, keys: Marks, setting: Setting) -> Part:
     """Attention over these keys alone; `out` is as wide as the softmax."""
     wide = width_of(heads.q.dtype)
+    heads, queries, keys = _together(heads, queries, keys)
     count, blocks = heads.q.shape[1], _Blocks.of(heads, queries, keys, setting)
 
     def each_query(_: None, query: Any) -> Any:
@@ -178,6 +184,7 @@ def forward(heads: Heads, queries: Marks, keys: Marks, setting: Setting) -> Part
 def backward(heads: Heads, queries: Marks, keys: Marks, pulled: Pulled, setting: Setting) -> Heads:
     """Gradients of attention over these keys, as wide as the softmax; `pulled` is of all keys."""
     wide = pulled.log_sum.dtype
+    heads, queries, keys = _together(heads, queries, keys)
     blocks = _Blocks.of(heads, queries, keys, setting)
     num = len(blocks.queries[1].at), len(blocks.keys[2].at)
     pulls = _split(pulled.d_out, 1, num[0]), _split(pulled.log_sum, 3, num[0]), _split(pulled.delta, 3, num[0])
@@ -210,6 +217,15 @@ def backward(heads: Heads, queries: Marks, keys: Marks, pulled: Pulled, setting:
     return Heads(
         _joined(d_q, heads.q.shape[1], 1), _joined(d_k, heads.k.shape[1], 1), _joined(d_v, heads.v.shape[1], 1)
     )
+
+
+def _together(heads: Heads, queries: Marks, keys: Marks) -> tuple[Heads, Marks, Marks]:
+    """The same arrays, none of which is known before all are.
+
+    Marks are the same in every layer of a scan. JAX computes what depends on them alone before the loop and keeps it:
+    the masks of all pairs of blocks, which is an array of all queries by all keys.
+    """
+    return lax.optimization_barrier((heads, queries, keys))
 
 
 _NOBODY = jnp.iinfo(jnp.int32).min  # segments of what fills up the last blocks

@@ -66,16 +66,20 @@ class Chosen:
         asked: What for.
         name: Which.
         words: Of the choice, for the notes of a step.
+        skips: Whether blockwise attention skips what is not seen.
     """
 
     asked: Asked
     name: Name
     words: str
+    skips: bool = True
 
     @property
     def setting(self) -> Setting:
         """What blockwise attention needs to know."""
-        return Setting(causal=self.asked.causal, window=self.asked.window, scale=self.asked.scale, block=BLOCK)
+        return Setting(
+            causal=self.asked.causal, window=self.asked.window, scale=self.asked.scale, block=BLOCK, skips=self.skips
+        )
 
     def run(self, heads: Heads, queries: Marks, keys: Marks, masks: Any = None) -> jax.Array:
         """Attention [B, Q, K, G, H] over keys that are all here; `masks` are `splash_masks`, of splash alone."""
@@ -148,10 +152,11 @@ def choose(asked: Asked, q: AnyArray, *, mesh: Any, split: ContextSplit | None, 
     )
 
 
-def splash_masks(asked: Asked, num_heads: int, order: np.ndarray, *, shards: int = 1) -> Any:
+def splash_masks(asked: Asked, num_heads: int, order: np.ndarray, *, shards: int = 1, interpret: bool = False) -> Any:
     """Splash attention for `num_heads` heads and queries in `order`, keys in theirs: a pytree to call.
 
-    With `shards` it is for that many devices, each with a part of the queries; `splash_spec` splits it.
+    With `shards` it is for that many devices, each with a part of the queries; `splash_spec` splits it. Without a TPU,
+    `interpret` runs it.
     """
     from jax.experimental.pallas.ops.tpu.splash_attention import (
         splash_attention_kernel as splash,
@@ -178,7 +183,11 @@ def splash_masks(asked: Asked, num_heads: int, order: np.ndarray, *, shards: int
         block_kv_dq=block,
     )
     return splash.make_splash_mha(
-        mask.MultiHeadMask([one] * num_heads), block_sizes=sizes, head_shards=1, q_seq_shards=shards
+        mask.MultiHeadMask([one] * num_heads),
+        block_sizes=sizes,
+        head_shards=1,
+        q_seq_shards=shards,
+        interpret=interpret,
     )
 
 

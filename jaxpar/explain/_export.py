@@ -272,6 +272,8 @@ def _absent_device(hardware: Hardware) -> Iterator[None]:
 
     class Client:
         platform = {"tpu": "tpu", "gpu": "gpu", "cpu": "cpu"}[hardware.kind]
+        # What Pallas asks, to see whether it is older than some date: the one that this JAX wants is not.
+        platform_version = runtime_type = ""
 
     class AbsentDevice:
         device_kind = hardware.chip.device_kind

@@ -44,10 +44,8 @@ def check(method, replicas, shards, tensor, shape, accumulate):
 NAMES = ("method", "replicas", "shards", "tensor", "shape", "accumulate")
 FEW = [
     ("ring", "dp", "fsdp", "tp", MESHES[1], 2),
-    ("hybrid", "dp", "fsdp", "tp-vocab", MESHES[3], 1),
     ("ulysses", "zero2", "fsdp-step", "tp", MESHES[4], 2),
-    ("ring", "dp", "fsdp", "tp-seq-vocab", MESHES[5], 2),
-    ("allgather", "zero1", "fsdp", "tp-seq", MESHES[6], 1),
+    ("allgather", "dp", "fsdp", "tp-seq-vocab", MESHES[5], 2),
 ]
 
 

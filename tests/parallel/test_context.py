@@ -14,7 +14,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 import jaxpar as jp
-from jaxpar import _blockwise, _context, _ring
+from jaxpar import _blockwise, _context, _kernels, _ring
 from jaxpar._errors import ShardingError
 from jaxpar._sequence import ContextSplit, balance
 from jaxpar.explain._expected import expected as explained
@@ -95,6 +95,29 @@ def test_key_heads_that_devices_share():
     plan = plan_of(jp.CP(method="ring"), tensor=4, context=2)
     table = compare(run(plan, given), *written.reference(given))
     assert table.ok, str(table)
+
+
+@pytest.mark.parametrize(("method", "mask"), [("allgather", "segments"), ("ulysses", "window")])
+def test_splash_is_attention(method, mask, monkeypatch):
+    """The kernel for TPU, interpreted: in zigzag order it gets masks of its own on each device."""
+    monkeypatch.setattr(_kernels, "_platform_of", lambda mesh: "tpu")
+    monkeypatch.setattr(_kernels, "splash_masks", ft.partial(_kernels.splash_masks, interpret=True))
+    given = written.inputs(512, 2, rows=1, heads=4, features=128)
+    plan = plan_of(jp.CP(**METHODS[method]), context=2)
+    table = compare(run(plan, given, **written.MASKS[mask]), *written.reference(given, **written.MASKS[mask]))
+    assert table.ok, str(table)
+
+
+@pytest.mark.parametrize("change", ["reversed", "a segment that goes on later"])
+def test_splash_says_what_it_does_not_know(change):
+    """Positions that are not places, or segments in several pieces; padding may be anything."""
+    ordered = _blockwise.Marks(jnp.array([[0, 1, 2, 0, 1, 0, 0]]), jnp.array([[1, 1, 1, 2, 2, 0, 0]]))
+    assert _kernels._in_order(ordered).all()
+    marks = {
+        "reversed": _blockwise.Marks(ordered.at[:, ::-1], None),
+        "a segment that goes on later": _blockwise.Marks(jnp.arange(4)[None], jnp.array([[1, 1, 2, 1]])),
+    }
+    assert not _kernels._in_order(marks[change]).any()
 
 
 # ---- the mistakes that the comparison must notice
