@@ -577,7 +577,6 @@ class Run:
 
     def _mapped(self, function: Callable[..., Any], form: "_Form") -> Callable[..., Any]:
         """`function(ends, ...)` for each replica apart, and for each part of its rows."""
-
         axes = (*self.replicas, self.axis) if form.is_split else self.replicas
 
         def together(leaf: jax.Array) -> jax.Array:
