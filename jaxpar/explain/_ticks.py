@@ -1,4 +1,4 @@
-"""How often a step with stages takes the branches of its ticks: its schedule says so, its program does not."""
+"""How often a step with stages takes the branches of its ticks: its program does not say it, its schedule does."""
 
 from typing import Any
 

@@ -233,7 +233,7 @@ class Run:
         }
 
     def _form(self, ends: PyTree, micro: PyTree) -> "_Form":
-        """The form of the stream; its rows are split over stages if all that has a gradient, or is added up, has some.
+        """The form of the stream; rows are split over stages where all that has a gradient, or is added up, has some.
 
         A key of random numbers may have none, if it is the same for all rows.
         """
@@ -577,19 +577,17 @@ class Run:
         return back
 
     def _mapped(self, function: Callable[..., Any], form: "_Form") -> Callable[..., Any]:
-        """`function(ends, ...)` for each replica apart, and for each part of its rows.
+        """`function(ends, ...)` for each replica apart, and for each part of its rows."""
+        axes = (*self.replicas, self.axis) if form.is_split else self.replicas
 
-        By one `vmap` over both: a region with names of axes, such as that of `jp.embed`, fails in one within another.
-        """
-        names = (*self.replicas, self.axis) if form.is_split else self.replicas
+        def together(leaf: jax.Array) -> jax.Array:
+            return self._constrained(leaf.reshape(-1, *leaf.shape[2:]), P(axes))
 
         def run(ends: PyTree, *rest: Any) -> Any:
-            if form.is_split:
-                rest = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), rest)
-            in_axes = (None, *[0] * len(rest))
-            found = jax.vmap(function, in_axes=in_axes, spmd_axis_name=names or None)(ends, *rest)
-            if not form.is_split:
-                return found
+            # One `vmap` over both dims: within two of them the kernels of the ends fail on an operand that has the
+            # inner dim and one that has none ("pvary is a invariant->variant collective"; jax 0.12.0).
+            rest = jax.tree.map(together, rest) if form.is_split else rest
+            found = jax.vmap(function, in_axes=(None, *[0] * len(rest)), spmd_axis_name=axes or None)(ends, *rest)
             return jax.tree.map(lambda leaf: leaf.reshape(*form.lead, *leaf.shape[1:]), found)
 
         return run
