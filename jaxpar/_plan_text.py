@@ -158,7 +158,11 @@ def follow(plan: "Plan", record: "Record") -> Life:
     if record.slot in ("parameter", "frozen"):
         layer = ", one layer at a time" if record.layers else ""
         lines.append(f"  used      {spec_text(record.compute, ndim)} as {record.compute_dtype}{layer}")
-    lines += [f"  summed    {move_text(move, 1)}, {move.when}" for move in moves if move.what == "activation"]
+    lines += [
+        f"  {'sent  ' if move.kind == 'all-to-all' else 'summed'}    {move_text(move, 1)}, {move.when}"
+        for move in moves
+        if move.what == "activation"
+    ]
     if record.slot == "parameter":
         reduced = [move for move in moves if move.what == "gradient"]
         lines += [f"  reduced   {move_text(move, 1)}, {move.when}" for move in reduced]

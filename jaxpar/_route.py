@@ -79,8 +79,8 @@ def route(
 
     Example:
         >>> routing = jp.route(jnp.array([[[0.0, 3.0, 1.0]]]), 2)
-        >>> routing.chosen[0, 0].tolist(), routing.weights[0, 0].round(3).tolist()
-        ([1, 2], [0.8809999823570251, 0.11900000274181366])
+        >>> routing.chosen[0, 0].tolist(), [f"{weight:.3f}" for weight in routing.weights[0, 0]]
+        ([1, 2], ['0.881', '0.119'])
     """
     _check(logits, "route")
     num_experts = logits.shape[-1]
