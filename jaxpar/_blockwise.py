@@ -148,6 +148,7 @@ def merge(one: Part, other: Part) -> Part:
 
 def forward(heads: Heads, queries: Marks, keys: Marks, setting: Setting) -> Part:
     """Attention over these keys alone; `out` is as wide as the softmax."""
+    heads, queries, keys = _together(heads, queries, keys)
     wide = width_of(heads.q.dtype)
     count, blocks = heads.q.shape[1], _Blocks.of(heads, queries, keys, setting)
 
@@ -182,6 +183,7 @@ def forward(heads: Heads, queries: Marks, keys: Marks, setting: Setting) -> Part
 
 def backward(heads: Heads, queries: Marks, keys: Marks, pulled: Pulled, setting: Setting) -> Heads:
     """Gradients of attention over these keys, as wide as the softmax; `pulled` is of all keys."""
+    heads, queries, keys = _together(heads, queries, keys)
     wide = pulled.log_sum.dtype
     blocks = _Blocks.of(heads, queries, keys, setting)
     num = len(blocks.queries[1].at), len(blocks.keys[2].at)
@@ -215,6 +217,15 @@ def backward(heads: Heads, queries: Marks, keys: Marks, pulled: Pulled, setting:
     return Heads(
         _joined(d_q, heads.q.shape[1], 1), _joined(d_k, heads.k.shape[1], 1), _joined(d_v, heads.v.shape[1], 1)
     )
+
+
+def _together(heads: Heads, queries: Marks, keys: Marks) -> tuple[Heads, Marks, Marks]:
+    """The same, marks with heads: masks are made of marks alone, which are the same in each layer.
+
+    Differentiating a scan over layers, JAX computes what does not depend on the layer once, before the scan: of these
+    blocks the masks of all pairs, which are as large as all scores.
+    """
+    return lax.optimization_barrier((heads, queries, keys))
 
 
 _NOBODY = jnp.iinfo(jnp.int32).min  # segments of what fills up the last blocks
