@@ -148,8 +148,8 @@ def merge(one: Part, other: Part) -> Part:
 
 def forward(heads: Heads, queries: Marks, keys: Marks, setting: Setting) -> Part:
     """Attention over these keys alone; `out` is as wide as the softmax."""
-    heads, queries, keys = _together(heads, queries, keys)
     wide = width_of(heads.q.dtype)
+    heads, queries, keys = _together(heads, queries, keys)
     count, blocks = heads.q.shape[1], _Blocks.of(heads, queries, keys, setting)
 
     def each_query(_: None, query: Any) -> Any:
@@ -183,8 +183,8 @@ def forward(heads: Heads, queries: Marks, keys: Marks, setting: Setting) -> Part
 
 def backward(heads: Heads, queries: Marks, keys: Marks, pulled: Pulled, setting: Setting) -> Heads:
     """Gradients of attention over these keys, as wide as the softmax; `pulled` is of all keys."""
-    heads, queries, keys = _together(heads, queries, keys)
     wide = pulled.log_sum.dtype
+    heads, queries, keys = _together(heads, queries, keys)
     blocks = _Blocks.of(heads, queries, keys, setting)
     num = len(blocks.queries[1].at), len(blocks.keys[2].at)
     pulls = _split(pulled.d_out, 1, num[0]), _split(pulled.log_sum, 3, num[0]), _split(pulled.delta, 3, num[0])
@@ -220,10 +220,10 @@ def backward(heads: Heads, queries: Marks, keys: Marks, pulled: Pulled, setting:
 
 
 def _together(heads: Heads, queries: Marks, keys: Marks) -> tuple[Heads, Marks, Marks]:
-    """The same, marks with heads: masks are made of marks alone, which are the same in each layer.
+    """The same arrays, none of which is known before all are.
 
-    Differentiating a scan over layers, JAX computes what does not depend on the layer once, before the scan: of these
-    blocks the masks of all pairs, which are as large as all scores.
+    Marks are the same in every layer of a scan. JAX computes what depends on them alone before the loop and keeps it:
+    the masks of all pairs of blocks, which is an array of all queries by all keys.
     """
     return lax.optimization_barrier((heads, queries, keys))
 

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.extend import core as jax_core
 
 import jaxpar as jp
 from jaxpar import _blockwise, _kernels
@@ -162,3 +163,23 @@ def test_shapes_that_do_not_fit():
     ):
         with pytest.raises(ShardingError, match=said):
             inspect.unwrap(jp.attention)(*args, **options)
+
+
+def test_a_scan_over_layers_keeps_no_masks():
+    """Marks are alike in every layer: JAX computed the masks of all blocks before the loop, and kept them."""
+    x = jax.ShapeDtypeStruct((2, 2048, 2, 4), jnp.float32)
+
+    def loss(x):
+        return jax.lax.scan(lambda x, _: (jp.attention(x, x, x), None), x, None, length=2)[0].sum()
+
+    shapes = {variable.aval.shape for variable in variables_of(jax.make_jaxpr(jax.grad(loss))(x).jaxpr)}
+    assert (2, 2, 1, 512, 512) in shapes  # scores of one pair of blocks
+    assert max(map(math.prod, shapes)) < 2 * 2048**2
+
+
+def variables_of(jaxpr):
+    """What every operation of a program makes, in its loops too."""
+    for eqn in jaxpr.eqns:
+        yield from eqn.outvars
+        for inner in jax_core.jaxprs_in_params(eqn.params):
+            yield from variables_of(inner)

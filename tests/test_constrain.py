@@ -126,7 +126,7 @@ def test_an_unknown_dim_is_an_error():
         placed(plan, (8, 3), "batch", "hieght")
     assert str(error.value) == (
         "constrain: no logical dim 'hieght'. Did you mean 'height'? This plan knows batch, seq, embed, mlp, heads, kv, "
-        "vocab, height; None leaves a dim to the compiler."
+        "vocab, expert, height; None leaves a dim to the compiler."
     )
 
 

@@ -28,8 +28,9 @@ from ._findings import find
 from ._flops import Flops, count, from_hlo
 from ._memory import Held, Memory, from_arguments, memory
 from ._report import Report
-from ._stages import pipeline, schedule_of
+from ._stages import pipeline
 from ._subject import Subject, subject
+from ._ticks import schedule_of
 from ._timeline import UNNAMED, mesh_of, predict
 from ._trace import trace
 

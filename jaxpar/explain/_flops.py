@@ -23,6 +23,7 @@ from .._hlo._text import Shape
 from .._plan import Plan
 from ._compiled import Compiled
 from ._paths import Paths
+from ._ticks import schedule_of, shares_of
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -61,7 +62,9 @@ def count(jaxpr: Any, *, plan: Plan | None = None) -> Flops:
         >>> count(layer).model == 2 * 8 * 16 * 32
         True
     """
-    counter = _Counter()
+    schedule = schedule_of(plan)
+    shares = {} if schedule is None else shares_of(schedule)
+    counter = _Counter(shares)
     counter.run(jaxpr.jaxpr, [_Value() for _ in jaxpr.jaxpr.invars], "jit()", 1.0)
     records = plan.records.values() if plan is not None else ()
     known = [record.path for record in records if record.slot in ("parameter", "frozen")]
@@ -172,7 +175,8 @@ _ELEMENTWISE = frozenset({
 class _Counter:
     """Walks jaxprs in order, with what is known of every value."""
 
-    def __init__(self) -> None:
+    def __init__(self, shares: dict[str, float]) -> None:
+        self.shares = shares  # of a pipeline's ticks, by the scope of what each stage does in them
         self.products: list[_Product] = []
         self.notes: list[str] = []
 
@@ -230,7 +234,9 @@ class _Counter:
         return self.run(body, given, f"{name}/while/body", times * eqn.params["length"])
 
     def _cond(self, eqn: Any, given: list[_Value], name: str, times: float) -> list[_Value]:
-        """The branch with the most counts: which one runs is not known before it does."""
+        """The branch with the most counts: which one runs is not known before it does, but for a pipeline's ticks."""
+        scopes = str(eqn.source_info.name_stack).split("/")
+        times *= next((self.shares[scope] for scope in scopes if scope in self.shares), 1.0)
         before, counted = self.products, []
         for branch in eqn.params["branches"]:
             self.products = []
@@ -253,7 +259,7 @@ class _Counter:
             flops = full = causal = float(estimate.flops)
         else:
             grid = math.prod(size for size in eqn.params["grid_mapping"].grid if isinstance(size, int))
-            inside = _Counter()
+            inside = _Counter(self.shares)
             inside.run(eqn.params["jaxpr"], [], name, float(grid))
             flops = full = causal = math.fsum(each.flops for each in inside.products)
         self.products.append(

@@ -113,7 +113,7 @@ def _read(op_name: str) -> tuple[tuple[str, ...], str, str]:
         if "transpose" in wrappers:
             phase = phase if phase == "recomputed" else "backward"
         elif "jvp" in wrappers and not phase:
-            phase = "forward"
+            phase = "recomputed" if "pipeline_backward" in parts[:index] else "forward"
         elif part == "rematted_computation":
             phase = "recomputed"
         elif part == "update" and not phase and len(found) == 0:

@@ -11,9 +11,9 @@ from typing import Any
 from .._hlo import Module, work_of
 from .._hlo._module import _walk as walk
 from ..parallel import PP
-from ..pipeline import Schedule
 from ..pipeline._tick import WORK, times_of
 from ._collectives import Row
+from ._ticks import schedule_of
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,12 +41,6 @@ class Pipeline:
     slot_bytes: int
     held: tuple[int, ...]
     sent_bytes: int
-
-
-def schedule_of(plan: Any) -> Schedule | None:
-    """The schedule of a plan with stages. An exported plan keeps no strategies, and so no schedule."""
-    strategy = getattr(plan, "strategy", None)
-    return None if strategy is None or strategy(PP) is None else plan.schedule
 
 
 def pipeline(plan: Any, module: Module, rows: Sequence[Row]) -> Pipeline | None:

@@ -28,6 +28,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.extend import core as jax_core
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from .._errors import ShardingError, StepError
@@ -232,23 +233,33 @@ class Run:
         }
 
     def _form(self, ends: PyTree, micro: PyTree) -> "_Form":
-        """The form of the stream; with rows split over the stages where all of it and of the batch has rows."""
+        """The form of the stream; with rows split over the stages where all that has a gradient, or is added up, has some.
+
+        A key of random numbers may have none, if it is the same for all rows.
+        """
         p = self.schedule.stages
         shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[2:], leaf.dtype), micro)
         whole = _Form.of(jax.eval_shape(self.model.embed, ends, shapes))
         whole = dataclasses.replace(whole, lead=(self.count,))
-        rows = {leaf.shape[:1] for leaf in jax.tree.leaves((shapes, whole.both))}
         placed = [] if self.specs is None else jax.tree.leaves(self.specs[0], is_leaf=lambda spec: isinstance(spec, P))
         is_vocabulary_split = any(self.axis in jax.tree.leaves(tuple(spec)) for spec in placed)
-        if p == 1 or len(rows) > 1 or is_vocabulary_split or any(not each or each[0] % p for each in rows):
+        sizes = {leaf.shape[:1] for leaf in jax.tree.leaves(shapes)}
+        if p == 1 or len(sizes) > 1 or is_vocabulary_split or any(not each or each[0] % p for each in sizes):
             return whole
         fewer = lambda x: jax.ShapeDtypeStruct((x.shape[0] // p, *x.shape[1:]), x.dtype)
-        part = _Form.of(jax.eval_shape(self.model.embed, ends, jax.tree.map(fewer, shapes)))
-        if part.both != jax.tree.map(fewer, whole.both):
-            return whole
-        return dataclasses.replace(whole, lead=(self.count, p))
+        parts = jax.tree.map(fewer, shapes)
+        part = _Form.of(jax.eval_shape(self.model.embed, ends, parts)).both
+        has_rows = jax.tree.map(lambda one, all_: bool(all_.shape) and fewer(all_) == one, part, whole.both)
+        free = jax.tree.unflatten(jax.tree.structure(whole.both), _independent(self._apart(whole), ends, parts))
+        may = jax.tree.map(lambda rows, key, is_free: rows or (key and is_free), has_rows, whole.is_key, free)
+        return (
+            dataclasses.replace(whole, lead=(self.count, p), has_rows=has_rows) if all(jax.tree.leaves(may)) else whole
+        )
 
-    def _split(self, tree: PyTree, form: "_Form", before: int = 0) -> PyTree:
+    def _apart(self, form: "_Form") -> Callable[[PyTree, PyTree], Any]:
+        return lambda ends, micro: form.apart(self.model.embed(ends, micro))
+
+    def _split(self, tree: PyTree, form: "_Form", before: int = 0, has_rows: PyTree = True) -> PyTree:
         """Arrays [R, b, ...] as [R, p, b / p, ...], rows dealt out to the stages in turn; nothing moves.
 
         In turn, for the rows may be split over other axes already: of each of their pieces every stage takes a part.
@@ -257,25 +268,34 @@ class Run:
             tree: Arrays.
             form: Says whether rows are split.
             before: Dims before that of replicas.
+            has_rows: Which arrays have any; the others go to all stages.
         """
         if not form.is_split:
             return tree
         at, p = before + 1, self.schedule.stages
 
-        def one(leaf: jax.Array) -> jax.Array:
-            rows = leaf.reshape(*leaf.shape[:at], leaf.shape[at] // p, p, *leaf.shape[at + 1 :])
-            return self._constrained(jnp.moveaxis(rows, at + 1, at), P(*[None] * before, self.replicas, self.axis))
+        def one(leaf: jax.Array, has_rows: bool) -> jax.Array:
+            if has_rows:
+                rows = leaf.reshape(*leaf.shape[:at], leaf.shape[at] // p, p, *leaf.shape[at + 1 :])
+                leaf = jnp.moveaxis(rows, at + 1, at)
+            else:
+                leaf = jnp.repeat(jnp.expand_dims(leaf, at), p, at)
+            return self._constrained(leaf, P(*[None] * before, self.replicas, self.axis))
 
-        return jax.tree.map(one, tree)
+        each = jax.tree.map(lambda _: True, tree) if has_rows is True else has_rows
+        return jax.tree.map(one, tree, each)
 
-    def _joined(self, tree: PyTree, form: "_Form") -> PyTree:
+    def _joined(self, tree: PyTree, form: "_Form", has_rows: PyTree = True) -> PyTree:
         """The inverse of `_split`."""
 
-        def one(leaf: jax.Array) -> jax.Array:
+        def one(leaf: jax.Array, has_rows: bool) -> jax.Array:
+            if not has_rows:
+                return leaf[:, 0]
             rows = jnp.moveaxis(leaf, 1, 2)
             return rows.reshape(rows.shape[0], -1, *rows.shape[3:])
 
-        return jax.tree.map(one, tree) if form.is_split else tree
+        each = jax.tree.map(lambda _: True, tree) if has_rows is True else has_rows
+        return jax.tree.map(one, tree, each) if form.is_split else tree
 
     def _sums(self, ends: PyTree, form: "_Form", micro: PyTree) -> Any:
         """Zeros for the sum of the losses and what comes with it."""
@@ -444,7 +464,7 @@ class Run:
 
     def _enter(self, ends: PyTree, form: "_Form", micro: PyTree, row: Any) -> Any:
         """The stream that enters in this tick, zeros if none does; `micro` split."""
-        embed = self._mapped(lambda ends, entering: form.apart(self.model.embed(ends, entering)), form)
+        embed = self._mapped(self._apart(form), form)
 
         def nothing(*_: Any) -> Any:
             return jax.tree.map(lambda x: jnp.zeros((self.count, *x.shape), x.dtype), form.both)
@@ -452,7 +472,7 @@ class Run:
         with jax.named_scope(WORK["enters"]):
             return lax.cond(
                 row["enters"] >= 0,
-                lambda entering: self._joined(embed(ends, entering), form),
+                lambda entering: self._joined(embed(ends, entering), form, form.has_rows),
                 nothing,
                 _of(micro, row["enters"]),
             )
@@ -477,7 +497,9 @@ class Run:
             )
             sums = lax.cond(
                 row["leaves"] >= 0,
-                lambda left, sums, scored: _added(sums, score(ends, scored, self._split(left, form))),
+                lambda left, sums, scored: _added(
+                    sums, score(ends, scored, self._split(left, form, has_rows=form.has_rows))
+                ),
                 lambda left, sums, scored: sums,
                 *(left, carry["sums"], _of(split, row["leaves"])),
             )
@@ -501,7 +523,7 @@ class Run:
             )
 
             def leave(left: Any, ends_sum: PyTree, sums: Any, scored: PyTree) -> Any:
-                found, more, leaving = score(ends, scored, self._split(left, form))
+                found, more, leaving = score(ends, scored, self._split(left, form, has_rows=form.has_rows))
                 return self._joined(leaving, form), self._pin_ends(_added(ends_sum, more), form), _added(sums, found)
 
             with jax.named_scope(WORK["leaves"]):
@@ -602,6 +624,7 @@ class _Form:
         is_float: Whether each leaf has a gradient.
         both: The shapes of the two lists.
         lead: Leading dims of what the ends add up: the replicas; the stages too, where the ends' rows are split.
+        has_rows: Which arrays of the two lists have rows; said where these are split.
     """
 
     treedef: Any
@@ -609,6 +632,15 @@ class _Form:
     is_float: tuple[bool, ...]
     both: Both
     lead: tuple[int, ...] = ()
+    has_rows: Any = True
+
+    @property
+    def is_key(self) -> tuple[list[bool], list[bool]]:
+        """Which arrays of the two lists were random-number keys."""
+        keys = [
+            each is not None for each, is_float in zip(self.implementations, self.is_float, strict=True) if not is_float
+        ]
+        return [False] * sum(self.is_float), keys
 
     @property
     def is_split(self) -> bool:
@@ -647,6 +679,16 @@ class _Form:
             leaf = next(rest_floats if is_float else rest_others)
             leaves.append(leaf if key is None else jax.random.wrap_key_data(leaf, impl=key))
         return jax.tree.unflatten(self.treedef, leaves)
+
+
+def _independent(function: Callable[..., Any], fixed: PyTree, given: PyTree) -> list[bool]:
+    """Which results of `function(fixed, given)` depend on nothing of `given`."""
+    jaxpr = jax.make_jaxpr(function)(fixed, given).jaxpr
+    reached = set(jaxpr.invars[len(jax.tree.leaves(fixed)) :])
+    for eqn in jaxpr.eqns:
+        if any(not isinstance(var, jax_core.Literal) and var in reached for var in eqn.invars):
+            reached |= set(eqn.outvars)
+    return [isinstance(var, jax_core.Literal) or var not in reached for var in jaxpr.outvars]
 
 
 def check_layers(layers: int, stages: int, chunks: int, who: str) -> None:

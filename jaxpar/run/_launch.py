@@ -33,6 +33,7 @@ from ._beat import Pulse, pulses
 from ._events import LAUNCHER, Events, read
 from ._group import Ended, Group
 
+LAST = ("error", "hang", "disagree", "nan", "spike")  # events that are the last words of a process
 POLL = 0.1
 SETTLE = 0.2  # in which the ends of others are seen, so that the cause is named rather than the first that was noticed
 OUT_AFTER = 2  # failures of one place before its first step, one after another
@@ -301,7 +302,8 @@ class _Supervisor:
         """The exit code of a group that ended well, or was asked to stop."""
         codes = {end.code for end in ended}
         if not self.asked and codes == {_exits.DONE}:
-            self._say("done", f"All {len(self.slots)} processes ended well.", attempt=self.attempt)
+            count = len(self.slots)
+            self._say("done", f"All {count} processes ended well." if count > 1 else "The process ended well.")
             return _exits.DONE
         if codes == {_exits.DONE}:  # after Ctrl-C a loop just ends; a signal may also come after the last step
             return _exits.INTERRUPTED if self.asked == signal.SIGINT else _exits.DONE
@@ -311,8 +313,8 @@ class _Supervisor:
 
     def _last_words(self, ended: Ended) -> str:
         run = _launched.told_run(self.place)
-        errors = [event for event in read(run) if event.kind == "error" and event.pid == ended.pid] if run else []
-        return str(errors[-1].more.get("words", "")) if errors else ended.words
+        told = [event for event in read(run) if event.kind in LAST and event.pid == ended.pid] if run else []
+        return str(told[-1].more.get("words", told[-1].text)) if told else ended.words
 
     def _saved(self) -> int | None:
         """The last checkpoint that a process says is complete."""

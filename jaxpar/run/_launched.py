@@ -41,6 +41,7 @@ def tell_run(directory: pathlib.Path, env: Mapping[str, str] = os.environ) -> No
 def told_run(place: pathlib.Path) -> pathlib.Path | None:
     """The run that was told, if one was."""
     try:
-        return pathlib.Path((place / "run").read_text())
+        told = (place / "run").read_text()
     except OSError:
         return None
+    return pathlib.Path(told) if told else None

@@ -26,7 +26,8 @@ from orbax.checkpoint import v1 as ocp
 from jaxpar import checkpoint
 
 ROUNDS, NUM_LEAVES = 5, 16
-EVERY, NUM_SAVES = 20, 3  # steps between saves; a user would save more rarely
+INTERVAL = 600  # seconds, the default of `fit`
+EVERY, NUM_SAVES = 20, 3  # steps after each save: a few seconds; a user saves every few minutes
 
 
 def shapes(megabytes):
@@ -96,8 +97,8 @@ def throughput(megabytes):
 
 
 def stall(megabytes):
-    """Steps of some seconds over a state of this size, with a save now and then and without, in turn."""
-    size = 2048
+    """Steps over a state of this size, with a save beside them and without, in turn."""
+    size = 1024
     state = {name: jnp.zeros(leaf.shape) for name, leaf in shapes(megabytes).items()}
     left, right = jax.random.normal(jax.random.key(0), (2, size, size))
 
@@ -131,6 +132,10 @@ def stall(megabytes):
                 shutil.rmtree(path)
     one = min(taken["without"]) / EVERY
     print(f"a step: {one:.2f} s; a save stops it for {min(blocked):.3f} s, {min(blocked) / one:.1%} of a step")
+    extra = min(taken["with a save"]) - min(taken["without"])
+    print(
+        f"with what goes on beside it, {extra:.2f} s more: {extra / INTERVAL:.2%} of each step, saved every {INTERVAL} s"
+    )
     for name, times in taken.items():
         print(f"{name:14} {min(times):6.2f} s for {EVERY} steps, {min(times) / min(taken['without']) - 1:+.1%}")
 

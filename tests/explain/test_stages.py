@@ -67,3 +67,13 @@ def test_bubbles_have_their_time():
     assert (p - 1) / m * least < line.bubble_seconds < (p - 1) / m * line.compute_seconds
     drawn = sum(event.seconds for event in line.events if event.lane == "compute")
     assert drawn == pytest.approx(line.compute_seconds, rel=0.01)
+
+
+def test_flops_of_a_step_with_stages_are_those_without():
+    """What a stage computes again in its backward pass is not the model's, nor is a bubble anyone's."""
+    m, rows = 6, 4
+    report = explained(jp.mesh(pipe=4, allow_unused=True), m, rows=rows)
+    products = 2 * 2 * 4 * WIDTH * WIDTH * rows * m * LAYERS
+    assert report.flops.model == 3 * products
+    # The stage forward again, for the inputs of its blocks; and each block, but for its last product, by its remat.
+    assert report.flops.hardware == (3 + 1 + 1 / 2) * products

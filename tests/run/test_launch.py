@@ -25,8 +25,9 @@ what = plan.get(f"{attempt}.{slot}", plan.get(f"{attempt}", plan.get("else", "en
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
 if what == "dies at start":
     sys.exit("no such device")
-told = pathlib.Path(os.environ["JAXPAR_LAUNCH"]) / "run"
+told = pathlib.Path(os.environ["JAXPAR_LAUNCH"]) / f"run.{os.getpid()}"
 told.write_text(str(run))
+told.rename(told.with_name("run"))
 beats = 0
 
 def beat(step):

@@ -98,7 +98,7 @@ def test_there_and_back(name, tmp_path):
     np.testing.assert_allclose(logits_of(back), logits(ours), rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("cfg", CASES.values(), ids=CASES)
+@pytest.mark.parametrize("cfg", [CASES["llama, every head its own, tied"], CASES["gpt2"]], ids=["llama", "gpt2"])
 def test_without_transformers(cfg, tmp_path):
     """What is written is read again as it was, its shape by `config.json`; also with the bare names of the hub."""
     model = GPT(cfg, rngs=nnx.Rngs(0))
