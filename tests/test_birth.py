@@ -267,7 +267,9 @@ def test_equal_blocks_are_stacked():
 
     birth = stacked(make)
     assert birth.shapes["blocks.each.up.kernel"].shape == (3, 8, 16)
-    assert birth.layers.keys() == {f"blocks.each.{name}" for name in ("up.kernel", "up.bias", "down.kernel", "down.bias")}
+    assert birth.layers.keys() == {
+        f"blocks.each.{name}" for name in ("up.kernel", "up.bias", "down.kernel", "down.bias")
+    }
     assert birth.remat == birth.layers.keys()
     assert not any(path.startswith("blocks.0") for path in birth.shapes)
     assert stacked(make, remat="none").remat == frozenset()
