@@ -4,6 +4,8 @@ Text is the sources of the standard library; images are the handwritten digits (
 scikit-learn ships, 1,797 of 8 x 8 pixels, which is why it is among the developers' dependencies.
 """
 
+from typing import Any
+
 import numpy as np
 
 import jaxpar as jp
@@ -19,7 +21,7 @@ def digits() -> tuple[list[dict[str, np.ndarray]], list[dict[str, np.ndarray]]]:
     """Images [8, 8, 1] from 0 to 1 with their labels, to train on (1,536) and to validate with (256)."""
     from sklearn.datasets import load_digits  # pyright: ignore[reportMissingImports]  # in `dev` alone
 
-    found = load_digits()
+    found: Any = load_digits()
     order = np.random.default_rng(0).permutation(len(found.target))
     images = (found.images[..., None] / 16).astype(np.float32)
     samples = [{"image": images[index], "label": np.asarray(found.target[index], np.int32)} for index in order]

@@ -1,4 +1,4 @@
-"""How often a step with stages takes the branches of its ticks: what its program does not say, and its schedule does."""
+"""How often a step with stages takes the branches of its ticks: its schedule says so, its program does not."""
 
 from typing import Any
 

@@ -233,7 +233,7 @@ class Run:
         }
 
     def _form(self, ends: PyTree, micro: PyTree) -> "_Form":
-        """The form of the stream; with rows split over the stages where all that has a gradient, or is added up, has some.
+        """The form of the stream, rows split over the stages where all that has a gradient, or is added up, has some.
 
         A key of random numbers may have none, if it is the same for all rows.
         """

@@ -134,7 +134,8 @@ def stall(megabytes):
     print(f"a step: {one:.2f} s; a save stops it for {min(blocked):.3f} s, {min(blocked) / one:.1%} of a step")
     extra = min(taken["with a save"]) - min(taken["without"])
     print(
-        f"with what goes on beside it, {extra:.2f} s more: {extra / INTERVAL:.2%} of each step, saved every {INTERVAL} s"
+        f"with what goes on beside it, {extra:.2f} s more: {extra / INTERVAL:.2%} of each step, saved every "
+        f"{INTERVAL} s"
     )
     for name, times in taken.items():
         print(f"{name:14} {min(times):6.2f} s for {EVERY} steps, {min(times) / min(taken['without']) - 1:+.1%}")
