@@ -359,10 +359,10 @@ class BoundPlan(Plan):
         part to another.
 
         Example:
-            >>> plan = jp.plan(lambda: {"w": jnp.ones((4, 4))}, jp.mesh(context=4), [jp.CP()])
-            >>> batch = plan.batch({"positions": np.arange(8)[None]})
-            >>> batch["positions"].tolist(), plan.unbatch(batch["positions"]).tolist()
-            ([[0, 7, 1, 6, 2, 5, 3, 4]], [[0, 1, 2, 3, 4, 5, 6, 7]])
+            >>> plan = jp.plan(lambda: {"w": jnp.ones((4, 4))}, jp.mesh(context=-1), [jp.CP()])
+            >>> batch = plan.batch({"positions": np.arange(16)[None]})
+            >>> batch["positions"][0, :8].tolist(), plan.unbatch(batch["positions"])[0, :8].tolist()
+            ([0, 15, 1, 14, 2, 13, 3, 12], [0, 1, 2, 3, 4, 5, 6, 7])
         """
         split = self.context
         return outputs if split is None else jax.tree.map(split.restore, outputs)

@@ -83,6 +83,18 @@ def test_memory_grows_with_the_length_alone():
     assert longer - long <= 1.1 * 2 * (long - short)
 
 
+def test_masks_are_made_anew_in_each_layer():
+    """Differentiating a scan, JAX does before it what all layers have in common: the masks of all pairs of blocks."""
+    q, at = jnp.ones((1, 1024, 1, 8)), jnp.arange(1024)[None]
+
+    def layers(q):
+        body = jax.checkpoint(lambda x, _: (jp.attention(x, x, x, positions=at), None))
+        return jax.lax.scan(body, q, None, length=2)[0].sum()
+
+    shapes = re.findall(r"\w+\[([\d,]+)\]", str(jax.make_jaxpr(jax.grad(layers))(q)))
+    assert max(math.prod(map(int, shape.split(","))) for shape in shapes) == 512 * 512
+
+
 def test_xla_can_be_differentiated_twice():
     given = jax.tree.map(jnp.asarray, written.inputs(6, 2, rows=1))
     total = lambda kernel: lambda q: (attend({**given, "q": q}, kernel=kernel) ** 2).sum()
