@@ -231,7 +231,7 @@ def test_prefetched_loader(mesh, tmp_path):
         {"x": x, "weights": np.float32(1)} for x in np.random.default_rng(0).normal(size=(40, 8)).astype(np.float32)
     ]
     program = Line(mesh)
-    plan = types.SimpleNamespace(mesh=mesh, batch_axes=("fsdp",), batch=None)
+    plan = types.SimpleNamespace(mesh=mesh, batch_axes=("fsdp",), batch=None, context=None)
     program = types.SimpleNamespace(init=program.init, step=program.step, eval_step=program.eval_step, plan=plan)
 
     def train(directory, steps):
