@@ -189,8 +189,8 @@ def _panel_note(plan: Plan, record: Record, spec: PartitionSpec, fields: Sequenc
     if "storage" in fields or "gradient" in fields:
         return f"{text}  {bytes_text(local * record.dtype.itemsize)} a device"
     if "compute" in fields:
-        layers = max(record.shape[0], 1) if record.layers else 1
-        each = bytes_text(local // layers * np.dtype(record.compute_dtype).itemsize)
+        layers = math.prod(plan.local_shape(record.shape, spec)[: record.layers])
+        each = bytes_text(local // max(layers, 1) * np.dtype(record.compute_dtype).itemsize)
         return f"{text}  {each} a device" + (", a layer at a time" if record.layers else "")
     return text
 
@@ -199,7 +199,8 @@ def _leaf_grid(plan: Plan, record: Record, spec: PartitionSpec) -> Grid:
     """The tiles of a leaf."""
     shape, cuts, chosen = record.shape[record.layers :], _cuts(plan, record, spec), _drawn_dims(plan, record)
     rows, columns = (chosen[:-1], chosen[-1:]) if len(chosen) > 1 else ([], chosen)
-    used = {axis for each in cuts for axis, _ in each}
+    stages = tuple(axis for entry in tuple(spec)[: record.layers] for axis in axes_at(entry))
+    used = {*(axis for each in cuts for axis, _ in each), *stages}
     copies = tuple((axis, size) for axis, size in plan.axes.items() if axis not in used and size > 1)
 
     def side(dims: Sequence[int], most: int) -> Side:
@@ -211,6 +212,7 @@ def _leaf_grid(plan: Plan, record: Record, spec: PartitionSpec) -> Grid:
         rows=side(rows, _MOST_ROWS),
         columns=side(columns, _MOST_COLUMNS),
         copies=copies,
+        first=stages,
         ids=_ids(plan),
         axes=tuple(plan.axes),
     )
@@ -254,7 +256,9 @@ def _title_note(plan: Plan, leaf: _Leaf) -> str:
     shape = record.shape[record.layers :]
     notes = [f"{record.dtype} {'×'.join(map(str, shape)) or 'scalar'}"]
     if record.layers:
-        notes.append(f"{record.shape[0]} layers stacked, one is drawn")
+        number = math.prod(record.shape[: record.layers])
+        stages = [axis for entry in tuple(record.storage)[: record.layers] for axis in axes_at(entry)]
+        notes.append(f"{number} layers stacked, one is drawn" + (f", on the first of {stages[0]}" if stages else ""))
     if leaf.count > 1:
         notes.append(f"{leaf.count} of these, {bytes_text(record.num_bytes)} each")
     else:

@@ -8,6 +8,7 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 
@@ -61,6 +62,7 @@ class Grid:
         rows: Its side from top to bottom.
         columns: Its side from left to right.
         copies: The axes that cut neither, each with its size.
+        first: The axes that cut what is not drawn; a tile is that of the first device along them.
         ids: The number of each device, in the shape of the mesh.
         axes: The axes of the mesh.
     """
@@ -70,6 +72,7 @@ class Grid:
     copies: tuple[Cut, ...]
     ids: np.ndarray
     axes: tuple[str, ...]
+    first: tuple[str, ...] = ()
 
     @property
     def num_copies(self) -> int:
@@ -81,7 +84,7 @@ class Grid:
         if None in row or None in column:
             return []
         cuts = [axis for axis, _ in (*self.rows.cuts, *self.columns.cuts)]
-        at = dict(zip(cuts, (*row, *column), strict=True))
+        at: dict[str, Any] = dict(zip(cuts, (*row, *column), strict=True)) | dict.fromkeys(self.first, 0)
         return np.ravel(self.ids[tuple(at.get(axis, slice(None)) for axis in self.axes)]).tolist()
 
     def copies_text(self) -> str:

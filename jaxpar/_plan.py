@@ -423,10 +423,10 @@ def _activation_moves(plan: Plan, record: Record, times: int, where: str) -> Ite
     if record.role in EXPERT_ROLES:
         yield from _expert_moves(record, times, where)
         return
-    split = [dim for dim, entry in enumerate(record.compute) if axes_at(entry)]
+    split = [dim for dim, entry in enumerate(record.compute) if dim >= record.layers and axes_at(entry)]
     if record.role not in ("column", "row") or not split:
         return
-    axes = _in_order(plan, _spec_axes(record.compute))
+    axes = _in_order(plan, _spec_axes(PartitionSpec(*tuple(record.compute)[record.layers :])))
     first, last = record.shape[record.layers], record.shape[-1]
     size = (last if split[0] == record.layers else first) * np.dtype(record.compute_dtype).itemsize
     forward, backward = f"forward pass{where}", f"backward pass{where}"

@@ -56,6 +56,11 @@ def balance(load: jax.Array, probability: jax.Array) -> jax.Array:
     Args:
         load: [..., E].
         probability: [..., E].
+
+    Example:
+        >>> even, one = jnp.full(4, 0.25), jnp.array([1.0, 0.0, 0.0, 0.0])
+        >>> float(jp.balance(even, even)), float(jp.balance(one, one))
+        (1.0, 4.0)
     """
     return load.shape[-1] * jnp.sum(jax.lax.stop_gradient(load) * probability, axis=-1)
 
@@ -148,7 +153,7 @@ def route_by_expert(logits: jax.Array, capacity: float) -> Routing:
 def _likeliest(probabilities: jax.Array, number: int) -> jax.Array:
     """[B, T, K], the experts with the highest probabilities, the first of equal ones first.
 
-    One after another: the partitioner gathers the operand of `top_k` (XLA:CPU and TPU; jax 0.10.2 and 0.12.0).
+    One after another: the partitioner gathers the operand of `top_k` (XLA:CPU, jax 0.10.2).
     """
     rest, found = jax.lax.stop_gradient(probabilities), []
     experts = jnp.arange(rest.shape[-1])[None, None]

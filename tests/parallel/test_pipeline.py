@@ -74,6 +74,18 @@ def test_where_the_layers_lie():
     assert chunked.totals().parameters < plain.totals().parameters
 
 
+def test_what_a_stage_holds_is_drawn_and_followed():
+    """A tile is drawn with the devices of one stage, and tensor parallelism sums within a stage."""
+    plan = plan_on([jp.DP(), jp.PP(microbatches=2), gpt.tensor_rules(GPT)], data=2, pipe=2, tensor=2)
+    path = "blocks.each.mlp.up.kernel"
+    drawn = str(plan.draw(path))
+    assert "8 layers stacked, one is drawn, on the first of pipe" in drawn
+    assert "│ 0, 4 │ 1, 5 │" in drawn
+    assert "2 copies: data 2" in drawn
+    sums = [move.axes for move in plan.moves(plan.records[path]) if move.what == "activation"]
+    assert sums == [("tensor",)]
+
+
 def test_without_the_axis_it_rests_and_the_order_of_listing_is_nothing():
     resting = plan_on([jp.DP(), jp.PP(microbatches=4, chunks=2)], data=8)
     assert resting.inactive == (("PP", "axis 'pipe' has size 1"),)
