@@ -44,7 +44,8 @@ def attention(
 ) -> jax.Array:
     """Softmax self-attention, each key and value head shared by N / K query heads.
 
-    Scores and softmax are in float32; no array of all queries by all keys exists, but in `kernel="xla"`. Moves: nothing
+    Softmax is in float32; no array of all queries by all keys exists, but for a length that 1,024 does not divide in
+    `kernel="xla"`. Moves: nothing
     where no sequence is split; else what `jp.CP` says. Heads are split as the plan splits `"heads"` and `"kv"`; fewer
     key heads than devices are whole on each.
 
@@ -58,11 +59,12 @@ def attention(
         causal: Whether a token sees only its own position and those before.
         window: How many positions it sees, its own included; without `causal` as many after it too.
         scale: Of the scores; by default 1 / sqrt(H).
-        kernel: What computes it, by default the best that can on this platform:
+        kernel: What computes it. By default `"xla"` for whole sequences, and where the plan splits them the best that
+            can on this platform:
             `"blockwise"`, plain JAX, anywhere; skips blocks in which nothing is seen. Differentiable once, in reverse.
             `"splash"`, Pallas on TPU, and `"cudnn"` on GPU: for positions that go up by one within each segment, and
             segments that go up; where that is not so, the result is NaN. cuDNN knows no segments.
-            `"xla"`, `jax.nn.dot_product_attention`: all scores at once; differentiable as often as one likes.
+            `"xla"`, `jax.nn.dot_product_attention`: 1,024 queries at a time; differentiable as often as one likes.
 
     Returns:
         [B, T, N, H], in the dtype of `q`. A token that sees nothing gets zeros.
@@ -119,7 +121,10 @@ def _on_one(
     q = constrain(q, *_Q)
     k, v = (constrain(heads, "batch", None, "kv", None) for heads in (k, v))
     marks = Marks(jnp.arange(q.shape[1])[None] if positions is None else positions, segments)
-    mixed = chosen.run(grouped(q, k, v), marks, marks).reshape(q.shape)
+    if chosen.name == "xla":
+        mixed = chosen.whole(q, k, v, marks)
+    else:
+        mixed = chosen.run(grouped(q, k, v), marks, marks).reshape(q.shape)
     return constrain(mixed, *_Q)
 
 

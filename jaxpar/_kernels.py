@@ -27,6 +27,9 @@ Name = Literal["blockwise", "splash", "cudnn", "xla"]
 _OWN: dict[str, Name] = {"tpu": "splash", "gpu": "cudnn"}
 """The kernels that are made for a platform."""
 
+SOME = 1024
+"""Queries whose scores XLA's attention makes at a time."""
+
 AnyArray = jax.Array | jax.ShapeDtypeStruct
 
 _LANES = 128
@@ -92,6 +95,27 @@ class Chosen:
             return out
         return jnp.where(_in_order(keys)[:, None, None, None, None], out, jnp.array(jnp.nan, out.dtype))
 
+    def whole(self, q: jax.Array, k: jax.Array, v: jax.Array, marks: Marks) -> jax.Array:
+        """XLA's attention of q [B, T, N, H] over k and v [B, T, K, H], `SOME` queries at a time: [B, T, N, H].
+
+        The backward pass computes the scores of each part again.
+        """
+
+        def some(part: tuple[jax.Array, Marks]) -> jax.Array:
+            seen = self.setting.sees(part[1], marks)
+            mask = None if seen is None else seen[:, None]
+            return jax.nn.dot_product_attention(part[0], k, v, mask=mask, scale=self.asked.scale, implementation="xla")
+
+        length = q.shape[1]
+        if length <= SOME or length % SOME:
+            return some((q, marks))
+
+        def parts(x: jax.Array) -> jax.Array:
+            return jnp.moveaxis(x.reshape(x.shape[0], length // SOME, SOME, *x.shape[2:]), 1, 0)
+
+        mixed = jax.lax.map(jax.checkpoint(some), jax.tree.map(parts, (q, marks)))  # T/SOME B SOME N H
+        return jnp.moveaxis(mixed, 0, 1).reshape(q.shape)
+
     def _xla(self, heads: Heads, queries: Marks, keys: Marks) -> jax.Array:
         seen = self.setting.sees(queries, keys)
         mask = None if seen is None else seen[:, None]
@@ -136,14 +160,15 @@ def choose(asked: Asked, q: AnyArray, *, mesh: Any, split: ContextSplit | None, 
         ShardingError: The kernel that was named cannot do it; with the reason.
     """
     platform = _platform_of(mesh)
-    best = _OWN.get(platform, "blockwise")
-    wanted = asked.name or best
+    whole = split is None and (q.shape[1] <= SOME or q.shape[1] % SOME == 0)
+    plain: Name = "xla" if whole else "blockwise"
+    wanted = asked.name or (plain if split is None else _OWN.get(platform, plain))
     why_not = _why_not(wanted, asked, q, platform, mesh, split)
     if wanted == "splash" and inside and not why_not:
         why_not = "XLA cannot split it by itself, and a stage of a pipeline is a manual region already"
     if why_not and asked.name is not None:
         raise ShardingError(f"attention: kernel={wanted!r} cannot compute this: {why_not}. Leave kernel= out.")
-    name = "blockwise" if why_not else wanted
+    name = plain if why_not else wanted
     how = "" if split is None else f"{split.method} over {split.axis}={split.size}, "
     return Chosen(
         asked=asked,

@@ -110,6 +110,8 @@ class Stacked(nnx.Module):
         for keys, variable in _variables(self.each).items():
             if keys not in self.shared:
                 value = variable.get_raw_value()
+                # Fused with what makes the values, the new shape would round them differently.
+                value = jax.lax.optimization_barrier(value)
                 variable.set_raw_value(value.reshape(chunks, self.num // chunks, *value.shape[1:]))
         self.chunks = chunks
 

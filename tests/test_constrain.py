@@ -24,6 +24,10 @@ class Layout:
     def axes(self):
         return dict(self.mesh.shape)
 
+    @property
+    def token_axes(self):
+        return tuple(axis for axis in self.dims.get("batch", ()) if self.mesh.shape.get(axis, 1) > 1)
+
 
 def layout(dims=None, **axes):
     mesh = jax.make_mesh(tuple(axes.values()), tuple(axes), axis_types=(AxisType.Auto,) * len(axes))
