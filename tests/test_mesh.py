@@ -4,7 +4,6 @@ import json
 import logging
 import pathlib
 import pickle
-import socket
 import subprocess
 import sys
 import textwrap
@@ -19,6 +18,7 @@ from jaxpar import _devices, _mesh
 from jaxpar._errors import MeshError
 from jaxpar._hardware import parse
 from jaxpar._mesh import axis_sizes, dcn_factors, describe, hardware_of, mesh, override
+from tests._peers import peers
 from tests.test_hardware import tpu_slice
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -529,7 +529,7 @@ def test_mesh_over_two_processes(child_env):
         import json, sys
         import jax
         from jaxpar import _mesh
-        port, rank = sys.argv[1:]
+        rank, port = sys.argv[1:]
         refused = ""
         try:
             _mesh.mesh(fsdp=-1)
@@ -540,19 +540,12 @@ def test_mesh_over_two_processes(child_env):
         assert mesh is _mesh.mesh("cpu:4", data=-1)
         print(json.dumps([refused.split(",")[0], dict(mesh.shape), [d.process_index for d in mesh.devices.flat]]))
     """
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = str(free.getsockname()[1])
-    env = child_env | {"JAX_NUM_CPU_DEVICES": "2", "JAX_NUM_PROCESSES": "2", "JAXPAR_MESH": "data=2,fsdp=2"}
-    command = [sys.executable, "-c", textwrap.dedent(code), port]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": env, "cwd": ROOT}
-    processes = [subprocess.Popen([*command, rank], **pipes) for rank in "01"]
-    results = [process.communicate(timeout=120) for process in processes]
-
-    assert [process.returncode for process in processes] == [0, 0], results
-    found = [json.loads(out.splitlines()[-1]) for out, _ in results]
+    env = {**child_env, "JAX_NUM_PROCESSES": "2", "JAXPAR_MESH": "data=2,fsdp=2"}
+    ended = peers(code, 2, env=env, devices=2)
+    assert [peer.code for peer in ended] == [0, 0], ended
+    found = [json.loads(peer.last) for peer in ended]
     assert found == [["This process is one of several (JAX_NUM_PROCESSES=2)", {"data": 2, "fsdp": 2}, [0, 0, 1, 1]]] * 2
-    assert [log.count("where the script asks for data=4.") for _, log in results] == [1, 0]
+    assert [peer.err.count("where the script asks for data=4.") for peer in ended] == [1, 0]
 
 
 @pytest.mark.parametrize(

@@ -1,18 +1,15 @@
 """The same script on one process with eight devices and on two with four each: the same plan, the same losses."""
 
-import socket
-import subprocess
-import sys
-import textwrap
-
 import pytest
 
-SCRIPT = textwrap.dedent("""
+from tests._peers import peers
+
+SCRIPT = """
     import sys
     import jax
     import numpy as np
 
-    process, count, port = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+    process, port, count = int(sys.argv[1]), sys.argv[2], int(sys.argv[3])
     jax.config.update("jax_num_cpu_devices", 8 // count)
     jax.config.update("jax_default_matmul_precision", "highest")
     if count > 1:
@@ -53,44 +50,22 @@ SCRIPT = textwrap.dedent("""
     mine = x[process * 16 // count : (process + 1) * 16 // count] if parts > 1 else x
     losses = [float(train_step(model, opt, plan.batch(mine))) for _ in range(4)]
     print("losses", *(f"{loss:.7f}" for loss in losses), "compiled", train_step.num_compilations, flush=True)
-""")
+"""
 
 
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        return probe.getsockname()[1]
-
-
-def run(count, port, axes, env):
-    env = {**env, "JAX_NUM_CPU_DEVICES": str(8 // count)}
-    children = [
-        subprocess.Popen(
-            [sys.executable, "-c", SCRIPT, str(process), str(count), str(port), axes],
-            env=env,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for process in range(count)
-    ]
-    try:
-        outputs = [child.communicate(timeout=150) for child in children]
-    finally:
-        for child in children:
-            child.kill()
-    for child, (_, err) in zip(children, outputs, strict=True):
-        assert child.returncode == 0, err
-    return [next(line for line in out.splitlines() if line.startswith("losses")) for out, _ in outputs]
+def run(count, axes, env):
+    """What each of `count` processes with eight devices together printed of its losses."""
+    ended = peers(SCRIPT, count, str(count), axes, env=env, devices=8 // count)
+    assert [peer.code for peer in ended] == [0] * count, ended
+    return [next(line for line in peer.out.splitlines() if line.startswith("losses")) for peer in ended]
 
 
 @pytest.mark.multiprocess
 @pytest.mark.parametrize("axes", ["data=2,fsdp=2,tensor=2", "tensor=2,data=2,fsdp=2"])
 def test_two_processes_compute_what_one_does(child_env, axes):
     """In the second mesh both processes hold all rows of the batch."""
-    port = free_port()
-    (alone,) = run(1, port, axes, child_env)
-    first, second = run(2, port, axes, child_env)
+    (alone,) = run(1, axes, child_env)
+    first, second = run(2, axes, child_env)
     assert first == second
 
     one, two = (line.split() for line in (alone, first))

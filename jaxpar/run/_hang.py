@@ -26,6 +26,7 @@ from ._exits import HUNG
 
 STEPS_KNOWN = 200  # steps from which the deadline is learned
 GRACE_SECONDS = 15.0  # for the other processes to write their stacks; they learn their deadlines each by itself
+LOOK_SECONDS = 1.0  # between two looks at how long a step takes
 
 _log = logging.getLogger("jaxpar.run")
 _OURS = f"{pathlib.Path(__file__).parent.parent}{os.sep}"
@@ -126,8 +127,9 @@ class Watchdog:
                 seconds = time.monotonic() - self._began
                 deadline = self._hang.deadline(self._before)
                 if seconds < deadline:
-                    # A step that ends meanwhile does not wake this thread: it looks again when the deadline is over.
-                    self._changed.wait(deadline - seconds)
+                    # A step that ends meanwhile does not wake this thread, and the first, which may take an hour, sets
+                    # no deadline for those after it: it looks again by itself.
+                    self._changed.wait(min(deadline - seconds, LOOK_SECONDS))
                     continue
                 self._began = None
                 self._report(self._step, seconds)

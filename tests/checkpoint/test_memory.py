@@ -1,11 +1,8 @@
 """Four processes of one device each read a model of 256 MiB: none ever holds more than its shard and a constant."""
 
-import socket
-import subprocess
-import sys
-import textwrap
-
 import pytest
+
+from tests._peers import peers
 
 SHARD = 64  # MiB of each process
 CONSTANT = 64  # MiB beside it, at most: `_orbax.READ_BYTES`
@@ -52,25 +49,10 @@ PEER = """
 @pytest.mark.multiprocess
 def test_peak_of_a_restore(child_env, tmp_path):
     """By columns of what was saved by rows, so that every process reads from what all of them wrote."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    command = [sys.executable, "-c", textwrap.dedent(PEER)]
-    env = {**child_env, "JAX_NUM_CPU_DEVICES": "1", "MALLOC_ARENA_MAX": "2"}  # free memory is kept by arena
-    peers = [
-        subprocess.Popen(
-            [*command, str(index), port, tmp_path], env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-        )
-        for index in range(4)
-    ]
-    try:
-        said = [peer.communicate(timeout=280) for peer in peers]
-    finally:
-        for peer in peers:
-            peer.kill()
-            peer.wait()
-    assert [peer.returncode for peer in peers] == [0] * 4, said
-    for out, _ in said:
-        native, other = map(float, out.splitlines()[-1].split())
-        assert SHARD * 0.9 < native < SHARD + CONSTANT, out
-        assert SHARD * 0.9 < other < SHARD + CONSTANT, out
+    env = {**child_env, "MALLOC_ARENA_MAX": "2"}  # free memory is kept by arena
+    ended = peers(PEER, 4, tmp_path, env=env, seconds=280)
+    assert [peer.code for peer in ended] == [0] * 4, ended
+    for peer in ended:
+        native, other = map(float, peer.last.split())
+        assert SHARD * 0.9 < native < SHARD + CONSTANT, peer.out
+        assert SHARD * 0.9 < other < SHARD + CONSTANT, peer.out

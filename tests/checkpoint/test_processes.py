@@ -2,15 +2,13 @@
 
 import re
 import socket
-import subprocess
-import sys
-import textwrap
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jaxpar import checkpoint
+from tests._peers import peers
 
 PEER = """
     import os, pathlib, resource, sys, time
@@ -62,37 +60,22 @@ PEER = """
 
 @pytest.mark.multiprocess
 def test_two_processes(child_env, tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    command = [sys.executable, "-c", textwrap.dedent(PEER)]
-    env = {**child_env, "JAX_NUM_CPU_DEVICES": "1"}
-    peers = [
-        subprocess.Popen(
-            [*command, str(index), port, tmp_path], env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-        )
-        for index in range(2)
-    ]
-    try:
-        said = [peer.communicate(timeout=240) for peer in peers]
-    finally:
-        for peer in peers:
-            peer.kill()
-            peer.wait()
-    words = [[line for line in out.splitlines() if not line.startswith("[Gloo]")] for out, _ in said]
-    assert [lines[:1] for lines in words] == [["restored {1.0}"]] * 2, said
+    ended = peers(PEER, 2, tmp_path, env=child_env)
+    words = [[line for line in peer.out.splitlines() if not line.startswith("[Gloo]")] for peer in ended]
+    assert [lines[:1] for lines in words] == [["restored {1.0}"]] * 2, ended
     first, second = (lines[1:] for lines in words)
     full = r"full True Step 3 could not be saved at .*: {}\[Errno 27\] File too large"
-    assert re.match(full.format(""), second[0]), said
-    assert re.match(full.format("process 1 on .*: "), first[0]), said
+    assert re.match(full.format(""), second[0]), ended
+    assert re.match(full.format("process 1 on .*: "), first[0]), ended
     host = socket.gethostname()
     assert first[-1] == (
         f"missing after 2 s process 1 on {host} had not come as far as 'second'. Look there: it is dead, cut off, or "
         "its storage hangs."
     )
-    assert "step 2 is DAMAGED, so the latest valid step is 1." in said[0][1]
+    assert "step 2 is DAMAGED, so the latest valid step is 1." in ended[0].err
     # One of the two hashed the file, and said which it was.
-    assert any("state/ocdbt.process_1/" in err and "other bytes than were saved" in err for _, err in said), said
+    named = ("state/ocdbt.process_1/", "other bytes than were saved")
+    assert any(all(word in peer.err for word in named) for peer in ended), ended
     assert checkpoint.verify(tmp_path, 1) == [1]
     sums = checkpoint._sums.read(tmp_path / "1")
     assert {checkpoint._orbax.writer(name) for name in sums} == {0, 1}

@@ -1,11 +1,10 @@
 """Two real processes: each reads the rows that its devices hold, also where both hold the same ones."""
 
 import json
-import socket
-import subprocess
-import sys
 
 import pytest
+
+from tests._peers import peers
 
 CHILD = """
 import json, sys
@@ -14,11 +13,12 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh
 
-port, index, axes = sys.argv[1], int(sys.argv[2]), sys.argv[3].split(",")
+index, port, axes = int(sys.argv[1]), sys.argv[2], sys.argv[3].split(",")
 jax.distributed.initialize(f"localhost:{port}", num_processes=2, process_id=index)
 
 import jaxpar as jp
 from jaxpar.data import Loader
+from tests._peers import peers
 
 class Rows:
     read = []
@@ -56,23 +56,10 @@ print(json.dumps({"shape": batch["x"].shape, "whole": whole.batch(0)["x"][:, 0].
 )
 def test_two_processes(axes, parts, child_env):
     """A tensor axis across processes lets both hold all rows, and both read all; else each reads its half."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    children = [
-        subprocess.Popen(
-            [sys.executable, "-c", CHILD, str(port), str(index), axes],
-            env={**child_env, "JAX_NUM_CPU_DEVICES": "2"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for index in range(2)
-    ]
-    outputs = [child.communicate(timeout=100) for child in children]
-    assert [child.returncode for child in children] == [0, 0], "\n".join(error for _, error in outputs)
-    for (output, _), part in zip(outputs, parts, strict=True):
-        found = json.loads(output.splitlines()[-1])
+    ended = peers(CHILD, 2, axes, env=child_env, devices=2)
+    assert [peer.code for peer in ended] == [0, 0], ended
+    for peer, part in zip(ended, parts, strict=True):
+        found = json.loads(peer.last)
         assert found["shape"] == [8, 2]
         mine = found["whole"][part]
         assert found["read"][: len(mine)] == mine

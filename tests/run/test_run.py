@@ -4,7 +4,6 @@ import json
 import logging
 import os
 import signal
-import socket
 import subprocess
 import sys
 import textwrap
@@ -22,6 +21,7 @@ from jaxpar import _tree, checkpoint
 from jaxpar._errors import CheckpointError, StepError
 from jaxpar.run import Run, read
 from jaxpar.run._every import Every, parse_every
+from tests._peers import peers
 
 
 @pytest.fixture(scope="module")
@@ -529,20 +529,8 @@ PEER = """
 @pytest.mark.multiprocess
 def test_processes_stop_at_the_same_step(child_env, tmp_path):
     """SIGTERM to process 1 alone: both save step 5 and exit with 75; one process restores it."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    command = [sys.executable, "-c", textwrap.dedent(PEER)]
-    peers = [
-        subprocess.Popen([*command, str(index), port, tmp_path], env={**child_env, "JAX_NUM_CPU_DEVICES": "2"})
-        for index in range(2)
-    ]
-    try:
-        assert [peer.wait(timeout=60) for peer in peers] == [75, 75]
-    finally:
-        for peer in peers:
-            peer.kill()
-            peer.wait()
+    ended = peers(PEER, 2, tmp_path, env=child_env, devices=2, seconds=60)
+    assert [peer.code for peer in ended] == [75, 75], ended
     assert events(tmp_path) == [("start", 0), ("save", 5), ("stop", 5)]
     (notice,) = [event for event in read(tmp_path) if event.kind == "notice"]
     assert (notice.process, notice.step) == (1, 5)

@@ -1,13 +1,9 @@
 """Two real processes: they go back together, the slow one is named, and a hang is told with the stacks of both."""
 
-import socket
-import subprocess
-import sys
-import textwrap
-
 import pytest
 
 from jaxpar.run import read
+from tests._peers import peers
 
 PEER = """
     import math, sys, time
@@ -55,29 +51,13 @@ PEER = """
 
 @pytest.mark.multiprocess
 def test_two_processes(child_env, tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    command = [sys.executable, "-c", textwrap.dedent(PEER)]
-    env = {**child_env, "JAX_NUM_CPU_DEVICES": "1"}
-    peers = [
-        subprocess.Popen(
-            [*command, str(index), port, tmp_path], env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-        )
-        for index in range(2)
-    ]
-    try:
-        said = [peer.communicate(timeout=200) for peer in peers]
-    finally:
-        for peer in peers:
-            peer.kill()
-            peer.wait()
+    ended = peers(PEER, 2, tmp_path, env=child_env)
     events = read(tmp_path)
     texts = "\n".join(f"{event.process} {event.kind} {event.text}" for event in events)
-    assert [peer.returncode for peer in peers] == [74, 74], f"{texts}\n{said}"
+    assert [peer.code for peer in ended] == [74, 74], f"{texts}\n{ended}"
 
     again = [*range(1, 7), *range(3, 11)]
-    assert [out.splitlines()[-1] for out, _ in said] == [f"{again} 20.0"] * 2
+    assert [peer.last for peer in ended] == [f"{again} 20.0"] * 2
     of = lambda kind: [event for event in events if event.kind == kind]
     (fault,) = of("nan")
     assert fault.text == (
