@@ -55,4 +55,4 @@ def test_peak_of_a_restore(child_env, tmp_path):
     for peer in ended:
         native, other = map(float, peer.last.split())
         assert SHARD * 0.9 < native < SHARD + CONSTANT, peer.out
-        assert SHARD * 0.9 < other < SHARD + CONSTANT, peer.out
+        assert SHARD * 0.5 < other < SHARD + CONSTANT, peer.out  # some of what the first freed may be taken again
