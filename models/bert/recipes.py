@@ -3,14 +3,13 @@
 import dataclasses
 import functools as ft
 
-import jax
-import jax.numpy as jnp
 import optax
 from flax import nnx
 
 import jaxpar as jp
 from models.encoder import tensor_rules
 from models.gpt.recipes import matrices
+from models.language import batch_of
 
 from . import config
 from .config import Config
@@ -36,7 +35,6 @@ def recipe(
     seq = cfg.max_positions if seq is None else seq
     up = optax.linear_schedule(learning_rate / warmup, learning_rate, warmup)
     down = optax.linear_schedule(learning_rate, 0.0, max(1, steps - warmup))
-    tokens = jax.ShapeDtypeStruct((batch, seq), jnp.int32)
     return jp.Recipe(
         model=lambda: Bert(cfg, rngs=nnx.Rngs(0)),
         loss=loss,
@@ -44,14 +42,7 @@ def recipe(
         clip_norm=1.0,
         strategies=strategies(cfg),
         accumulate=accumulate,
-        batch={
-            "tokens": tokens,
-            "labels": tokens,
-            "positions": tokens,
-            "segments": tokens,
-            "weights": jax.ShapeDtypeStruct((batch, seq), jnp.float32),
-            "sample": jax.ShapeDtypeStruct((batch,), jnp.int32),
-        },
+        batch=batch_of(batch, seq),
     )
 
 

@@ -9,11 +9,11 @@ import functools as ft
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 from flax import nnx
 
 import jaxpar as jp
+from models.language import batch_of
 
 from . import config
 from .config import Config
@@ -59,26 +59,29 @@ def recipe(
         steps: Steps until the lowest.
     """
     seq = cfg.max_positions if seq is None else seq
-    schedule = optax.warmup_cosine_decay_schedule(
-        learning_rate / warmup, learning_rate, warmup, steps, learning_rate / 10
-    )
-    tokens, weights = (jax.ShapeDtypeStruct((batch, seq), dtype) for dtype in (jnp.int32, jnp.float32))
     return jp.Recipe(
         model=lambda: GPT(cfg, rngs=nnx.Rngs(0)),
         loss=loss,
-        optimizer=optax.adamw(schedule, b1=0.9, b2=0.95, weight_decay=0.1, mask=matrices),
+        optimizer=adamw(learning_rate, warmup, steps),
         clip_norm=1.0,
         strategies=strategies(cfg),
         accumulate=accumulate,
-        batch={
-            "tokens": tokens,
-            "labels": tokens,
-            "positions": tokens,
-            "segments": tokens,
-            "weights": weights,
-            "sample": jax.ShapeDtypeStruct((batch,), jnp.int32),
-        },
+        batch=batch_of(batch, seq),
     )
+
+
+def adamw(learning_rate: float, warmup: int, steps: int) -> optax.GradientTransformation:
+    """AdamW for a decoder, warmed up linearly and decayed along a cosine to a tenth.
+
+    Args:
+        learning_rate: The highest.
+        warmup: Steps to get there.
+        steps: Steps until the lowest.
+    """
+    schedule = optax.warmup_cosine_decay_schedule(
+        learning_rate / warmup, learning_rate, warmup, steps, learning_rate / 10
+    )
+    return optax.adamw(schedule, b1=0.9, b2=0.95, weight_decay=0.1, mask=matrices)
 
 
 def matrices(params: Any) -> Any:

@@ -6,13 +6,11 @@
 import dataclasses
 import functools as ft
 
-import jax
-import jax.numpy as jnp
-import optax
 from flax import nnx
 
 import jaxpar as jp
-from models.gpt.recipes import matrices
+from models.gpt.recipes import adamw
+from models.language import batch_of
 
 from . import config
 from .config import Config
@@ -50,27 +48,16 @@ def recipe(
 ) -> jp.Recipe:
     """Train `cfg` with AdamW, warmed up linearly and decayed along a cosine to a tenth; the arguments are gpt's."""
     seq = cfg.max_positions if seq is None else seq
-    schedule = optax.warmup_cosine_decay_schedule(
-        learning_rate / warmup, learning_rate, warmup, steps, learning_rate / 10
-    )
-    tokens, weights = (jax.ShapeDtypeStruct((batch, seq), dtype) for dtype in (jnp.int32, jnp.float32))
     return jp.Recipe(
         model=lambda: MoE(cfg, rngs=nnx.Rngs(0)),
         loss=loss,
         has_aux=True,
-        optimizer=optax.adamw(schedule, b1=0.9, b2=0.95, weight_decay=0.1, mask=matrices),
+        optimizer=adamw(learning_rate, warmup, steps),
         clip_norm=1.0,
         strategies=strategies(cfg),
         dims=dims,
         accumulate=accumulate,
-        batch={
-            "tokens": tokens,
-            "labels": tokens,
-            "positions": tokens,
-            "segments": tokens,
-            "weights": weights,
-            "sample": jax.ShapeDtypeStruct((batch,), jnp.int32),
-        },
+        batch=batch_of(batch, seq),
     )
 
 
