@@ -12,7 +12,7 @@ from typing import ClassVar
 from .._errors import ShardingError
 from .._rules import Draft, Leaf
 from .._strategy import Strategy
-from ..pipeline import Schedule, check_layers, schedule
+from ..pipeline import Schedule, check_backward, check_layers, schedule
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -94,12 +94,7 @@ class PP(Strategy):
                 )
         else:
             found = _named(str(self.schedule), stages, self.microbatches or 1, self.chunks or 1)
-        if found.splits_backward:
-            raise ShardingError(
-                f"{self.label}: {found.name!r} computes gradients of weights apart (W). Here the backward computes its "
-                "stage again from the input (full remat), and would do so twice: slower than '1f1b'. Use that, or "
-                "'gpipe'."
-            )
+        check_backward(found, self.label)
         return found
 
     def check_layers(self, layers: int, stages: int, path: str) -> None:

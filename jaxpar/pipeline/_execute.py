@@ -28,12 +28,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.extend import core as jax_core
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from .._errors import ShardingError, StepError
 from .._types import AnyMesh, Axes, PyTree
 from ._schedule import Schedule
+from ._stream import Form, independent
 from ._tick import BY_STAGE, WORK, ticks_of
 
 P = PartitionSpec
@@ -224,7 +224,7 @@ class Run:
         free = [P.UNCONSTRAINED] * (leaf.ndim - len(spec))
         return lax.with_sharding_constraint(leaf, NamedSharding(self.mesh, P(*spec, *free)))
 
-    def _streams(self, form: "_Form", size: int) -> dict[str, Any]:
+    def _streams(self, form: Form, size: int) -> dict[str, Any]:
         """What came, and the ring of inputs, both empty."""
         lead, stage = (self.count, self.schedule.stages), P(self.replicas, self.axis)
         return {
@@ -232,14 +232,14 @@ class Run:
             "inputs": jax.tree.map(lambda x: self._zeros((*lead, size, *x.shape), stage, x.dtype), form.both),
         }
 
-    def _form(self, ends: PyTree, micro: PyTree) -> "_Form":
+    def _form(self, ends: PyTree, micro: PyTree) -> Form:
         """The form of the stream; rows are split over stages where all that has a gradient, or is added up, has some.
 
         A key of random numbers may have none, if it is the same for all rows.
         """
         p = self.schedule.stages
         shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[2:], leaf.dtype), micro)
-        whole = _Form.of(jax.eval_shape(self.model.embed, ends, shapes))
+        whole = Form.of(jax.eval_shape(self.model.embed, ends, shapes))
         whole = dataclasses.replace(whole, lead=(self.count,))
         placed = [] if self.specs is None else jax.tree.leaves(self.specs[0], is_leaf=lambda spec: isinstance(spec, P))
         is_vocabulary_split = any(self.axis in jax.tree.leaves(tuple(spec)) for spec in placed)
@@ -248,18 +248,18 @@ class Run:
             return whole
         fewer = lambda x: jax.ShapeDtypeStruct((x.shape[0] // p, *x.shape[1:]), x.dtype)
         parts = jax.tree.map(fewer, shapes)
-        part = _Form.of(jax.eval_shape(self.model.embed, ends, parts)).both
+        part = Form.of(jax.eval_shape(self.model.embed, ends, parts)).both
         has_rows = jax.tree.map(lambda one, all_: bool(all_.shape) and fewer(all_) == one, part, whole.both)
-        free = jax.tree.unflatten(jax.tree.structure(whole.both), _independent(self._apart(whole), ends, parts))
+        free = jax.tree.unflatten(jax.tree.structure(whole.both), independent(self._apart(whole), ends, parts))
         may = jax.tree.map(lambda rows, key, is_free: rows or (key and is_free), has_rows, whole.is_key, free)
         return (
             dataclasses.replace(whole, lead=(self.count, p), has_rows=has_rows) if all(jax.tree.leaves(may)) else whole
         )
 
-    def _apart(self, form: "_Form") -> Callable[[PyTree, PyTree], Any]:
+    def _apart(self, form: Form) -> Callable[[PyTree, PyTree], Any]:
         return lambda ends, micro: form.apart(self.model.embed(ends, micro))
 
-    def _split(self, tree: PyTree, form: "_Form", before: int = 0, has_rows: PyTree = True) -> PyTree:
+    def _split(self, tree: PyTree, form: Form, before: int = 0, has_rows: PyTree = True) -> PyTree:
         """Arrays [R, b, ...] as [R, p, b / p, ...], rows dealt out to the stages in turn; nothing moves.
 
         In turn, for the rows may be split over other axes already: of each of their pieces every stage takes a part.
@@ -285,7 +285,7 @@ class Run:
         each = jax.tree.map(lambda _: True, tree) if has_rows is True else has_rows
         return jax.tree.map(one, tree, each)
 
-    def _joined(self, tree: PyTree, form: "_Form", has_rows: PyTree = True) -> PyTree:
+    def _joined(self, tree: PyTree, form: Form, has_rows: PyTree = True) -> PyTree:
         """The inverse of `_split`."""
 
         def one(leaf: jax.Array, has_rows: bool) -> jax.Array:
@@ -297,7 +297,7 @@ class Run:
         each = jax.tree.map(lambda _: True, tree) if has_rows is True else has_rows
         return jax.tree.map(one, tree, each) if form.is_split else tree
 
-    def _sums(self, ends: PyTree, form: "_Form", micro: PyTree) -> Any:
+    def _sums(self, ends: PyTree, form: Form, micro: PyTree) -> Any:
         """Zeros for the sum of the losses and what comes with it."""
 
         def one(ends: PyTree, both: Any, micro: PyTree) -> Any:
@@ -307,7 +307,7 @@ class Run:
         spec = P(*self._lead(form))
         return jax.tree.map(lambda x: self._zeros((*form.lead, *x.shape), spec, _wide(x.dtype)), tuple(shapes))
 
-    def _lead(self, form: "_Form") -> tuple[Any, ...]:
+    def _lead(self, form: Form) -> tuple[Any, ...]:
         """The axes of the leading dims of what the ends add up."""
         return (self.replicas, self.axis) if form.is_split else (self.replicas,)
 
@@ -325,7 +325,7 @@ class Run:
         """Sums [R, v, p, n, ...] in the shapes of `blocks`, after the dim of replicas."""
         return jax.tree.map(lambda part, leaf: part.reshape(self.count, *leaf.shape), parts, blocks)
 
-    def _pin_ends(self, sums: PyTree, form: "_Form") -> PyTree:
+    def _pin_ends(self, sums: PyTree, form: Form) -> PyTree:
         lead = self._lead(form)
         if self.specs is None:
             return jax.tree.map(lambda leaf: self._constrained(leaf, P(*lead)), sums)
@@ -351,7 +351,7 @@ class Run:
         """What the blocks of this replica get for a microbatch."""
         return self.model.given(fixed, _one(micro, index))
 
-    def _through(self, form: "_Form", layers: PyTree, both: Any, given: PyTree) -> Any:
+    def _through(self, form: Form, layers: PyTree, both: Any, given: PyTree) -> Any:
         """A stream, taken apart, through the layers of one chunk."""
 
         def step(both: Any, layer: PyTree) -> tuple[Any, None]:
@@ -360,7 +360,7 @@ class Run:
 
         return lax.scan(step, both, layers)[0]
 
-    def _run_forward(self, form: "_Form") -> Callable[..., Any]:
+    def _run_forward(self, form: Form) -> Callable[..., Any]:
         """The region that takes in what came and runs one forward."""
         p = self.schedule.stages
 
@@ -397,7 +397,7 @@ class Run:
         pieces, here = P(None, self.axis), P(None, self.replicas)
         return self._region(forward, (P(self.axis), P(), pieces, P(), here, stage, each, stage), (stage, stage, each))
 
-    def _run_backward(self, form: "_Form") -> Callable[..., Any]:
+    def _run_backward(self, form: Form) -> Callable[..., Any]:
         """The region that runs one backward and hands both results to the neighbours."""
         p, ring = self.schedule.stages, self._ring
         back = [(after, before) for before, after in ring]
@@ -462,7 +462,7 @@ class Run:
             (stage, stage, stage, total, each),
         )
 
-    def _enter(self, ends: PyTree, form: "_Form", micro: PyTree, row: Any) -> Any:
+    def _enter(self, ends: PyTree, form: Form, micro: PyTree, row: Any) -> Any:
         """The stream that enters in this tick, zeros if none does; `micro` split."""
         embed = self._mapped(self._apart(form), form)
 
@@ -478,7 +478,7 @@ class Run:
             )
 
     def _forward_tick(
-        self, ends: PyTree, parts: PyTree, held: PyTree, fixed: PyTree, micro: PyTree, form: "_Form"
+        self, ends: PyTree, parts: PyTree, held: PyTree, fixed: PyTree, micro: PyTree, form: Form
     ) -> Callable[[Any, Any], Any]:
         run_forward, ring = self._run_forward(form), self._ring
         stage = P(self.replicas, self.axis)
@@ -509,7 +509,7 @@ class Run:
         return tick
 
     def _tick(
-        self, ends: PyTree, parts: PyTree, held: PyTree, fixed: PyTree, micro: PyTree, form: "_Form"
+        self, ends: PyTree, parts: PyTree, held: PyTree, fixed: PyTree, micro: PyTree, form: Form
     ) -> Callable[[Any, Any], Any]:
         run_forward, run_backward = self._run_forward(form), self._run_backward(form)
         score, embed_back = self._mapped(self._loss_of(form), form), self._mapped(self._embed_back_of(form), form)
@@ -556,7 +556,7 @@ class Run:
 
         return tick
 
-    def _loss_of(self, form: "_Form") -> Callable[..., Any]:
+    def _loss_of(self, form: Form) -> Callable[..., Any]:
         def score(ends: PyTree, micro: PyTree, both: Any) -> Any:
             floats, others = both
 
@@ -569,14 +569,14 @@ class Run:
 
         return score
 
-    def _embed_back_of(self, form: "_Form") -> Callable[..., Any]:
+    def _embed_back_of(self, form: Form) -> Callable[..., Any]:
         def back(ends: PyTree, micro: PyTree, gradient: Any) -> PyTree:
             _, pull = jax.vjp(lambda ends: form.apart(self.model.embed(ends, micro))[0], ends)
             return pull(gradient)[0]
 
         return back
 
-    def _mapped(self, function: Callable[..., Any], form: "_Form") -> Callable[..., Any]:
+    def _mapped(self, function: Callable[..., Any], form: Form) -> Callable[..., Any]:
         """`function(ends, ...)` for each replica apart, and for each part of its rows."""
         axes = (*self.replicas, self.axis) if form.is_split else self.replicas
 
@@ -616,87 +616,6 @@ class Run:
         return jax.tree.map(one, x)
 
 
-Both = tuple[list[Any], list[Any]]
-"""The arrays of a stream that have a gradient, and the others."""
-
-
-@dataclasses.dataclass(frozen=True)
-class _Form:
-    """How a stream is taken apart: into arrays that have a gradient and ones that have none, keys as numbers.
-
-    Attributes:
-        treedef: Its structure.
-        implementations: Of each leaf that is a random-number key; `None` for others.
-        is_float: Whether each leaf has a gradient.
-        both: The shapes of the two lists.
-        lead: Leading dims of what the ends add up: the replicas; the stages too, where the ends' rows are split.
-        has_rows: Which arrays of the two lists have rows; said where these are split.
-    """
-
-    treedef: Any
-    implementations: tuple[Any, ...]
-    is_float: tuple[bool, ...]
-    both: Both
-    lead: tuple[int, ...] = ()
-    has_rows: Any = True
-
-    @property
-    def is_key(self) -> tuple[list[bool], list[bool]]:
-        """Which arrays of the two lists were random-number keys."""
-        keys = [
-            each is not None for each, is_float in zip(self.implementations, self.is_float, strict=True) if not is_float
-        ]
-        return [False] * sum(self.is_float), keys
-
-    @property
-    def is_split(self) -> bool:
-        """Whether each stage computes the ends for its part of the rows of a microbatch."""
-        return len(self.lead) > 1
-
-    @classmethod
-    def of(cls, stream: PyTree) -> "_Form":
-        leaves, treedef = jax.tree.flatten(stream)
-        is_key = [jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key) for leaf in leaves]
-        implementations: list[Any] = []
-
-        def ask(leaves: list[Any]) -> None:  # in a trace: a shape does not tell
-            implementations.extend(
-                jax.random.key_impl(leaf) if key else None for leaf, key in zip(leaves, is_key, strict=True)
-            )
-
-        jax.eval_shape(ask, leaves)
-        is_float = tuple(bool(jnp.issubdtype(leaf.dtype, jnp.inexact)) for leaf in leaves)
-        bare = cls(treedef, tuple(implementations), is_float, ([], []))
-        return dataclasses.replace(bare, both=jax.eval_shape(bare.apart, stream))
-
-    def apart(self, stream: PyTree) -> Both:
-        """Arrays with a gradient, and others."""
-        floats: list[Any] = []
-        others: list[Any] = []
-        for leaf, key, is_float in zip(jax.tree.leaves(stream), self.implementations, self.is_float, strict=True):
-            (floats if is_float else others).append(leaf if key is None else jax.random.key_data(leaf))
-        return floats, others
-
-    def together(self, floats: list[Any], others: list[Any]) -> PyTree:
-        """The stream of these."""
-        rest_floats, rest_others = iter(floats), iter(others)
-        leaves = []
-        for key, is_float in zip(self.implementations, self.is_float, strict=True):
-            leaf = next(rest_floats if is_float else rest_others)
-            leaves.append(leaf if key is None else jax.random.wrap_key_data(leaf, impl=key))
-        return jax.tree.unflatten(self.treedef, leaves)
-
-
-def _independent(function: Callable[..., Any], fixed: PyTree, given: PyTree) -> list[bool]:
-    """Which results of `function(fixed, given)` depend on nothing of `given`."""
-    jaxpr = jax.make_jaxpr(function)(fixed, given).jaxpr
-    reached = set(jaxpr.invars[len(jax.tree.leaves(fixed)) :])
-    for eqn in jaxpr.eqns:
-        if any(not isinstance(var, jax_core.Literal) and var in reached for var in eqn.invars):
-            reached |= set(eqn.outvars)
-    return [isinstance(var, jax_core.Literal) or var not in reached for var in jaxpr.outvars]
-
-
 def check_layers(layers: int, stages: int, chunks: int, who: str) -> None:
     """Raise `ShardingError` unless stages and chunks divide the layers."""
     unit = stages * chunks
@@ -706,6 +625,16 @@ def check_layers(layers: int, stages: int, chunks: int, who: str) -> None:
             f"{who}: {layers} layers do not divide into {stages} stages of {chunks} "
             f"{'chunk' if chunks == 1 else 'chunks'}. Use {f'{below} or ' if below else ''}{below + unit} layers, or "
             "other stages or chunks."
+        )
+
+
+def check_backward(schedule: Schedule, who: str) -> None:
+    """Raise `ShardingError` if the schedule computes gradients of weights apart."""
+    if schedule.splits_backward:
+        raise ShardingError(
+            f"{who}: {schedule.name!r} computes gradients of weights apart (W). Here the backward computes its stage "
+            "again from the input (full remat), and would do so twice: with 4 stages and 8 microbatches a step takes "
+            "60 times a forward, with '1f1b' 44. Use that, or 'gpipe'."
         )
 
 
@@ -747,12 +676,7 @@ def _check(schedule: Schedule, mesh: AnyMesh, axis: str, replicas: Axes) -> None
             f"pipeline: the schedule has {schedule.stages} stages, but axis {axis!r} has size {mesh.shape[axis]}. Use "
             f"stages={mesh.shape[axis]}, or another mesh."
         )
-    if schedule.splits_backward:
-        raise ShardingError(
-            f"pipeline: {schedule.name!r} computes gradients of weights apart (W). Here the backward computes its "
-            "stage again from the input, and would do so twice: with 4 stages and 8 microbatches a step takes 60 times "
-            "a forward, with '1f1b' 44. Use that, or 'gpipe'."
-        )
+    check_backward(schedule, "pipeline")
 
 
 def _write(ring: jax.Array, slot: jax.Array, value: jax.Array) -> jax.Array:
