@@ -161,11 +161,8 @@ class BoundPlan(Plan):
 
     def batch_placement(self, path: str, shape: tuple[int, ...]) -> NamedSharding:
         """Where the field of a batch at `path` lies: rows over the batch axes, its sequence, if any, over that axis."""
-        return (
-            self.token_sharding
-            if self.context is not None and self.context.splits(path, shape)
-            else self.batch_sharding
-        )
+        rows = self.batch_sharding
+        return rows if self.context is None else self.sharding(self.context.spec(rows.spec, path, shape))
 
     @property
     def token_sharding(self) -> NamedSharding:

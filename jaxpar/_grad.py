@@ -373,14 +373,9 @@ def _form(job: _Job, batch: PyTree, region: Region | None, separable: bool) -> _
         if not separable:
             return _Form("whole", (), "the loss says it is not separable")
     traits = _traits_of(job, batch)
-    reasons = [
-        (not separable, "the loss says it is not separable"),
-        (traits.changes_state, "the loss changes the model's state (batch statistics, or nnx random-number counters)"),
-        (traits.repeats_random, "it draws random numbers that do not depend on the sample (jp.dropout with ids does)"),
-    ]
-    blocked = [why for applies, why in reasons if applies]
-    if blocked:
-        return _refuse_hook(hook, job, blocked[0])
+    why_not = _not_a_sum(separable, traits)
+    if why_not:
+        return _refuse_hook(hook, job, why_not)
     if not replicas:
         return _Form("sharded", (), f"one reduce-scatter a microbatch over {'+'.join(plan.shards) or 'no axis'}")
     if traits.unmappable is None:
@@ -392,6 +387,17 @@ def _form(job: _Job, batch: PyTree, region: Region | None, separable: bool) -> _
     return _Form(
         "manual", replicas, f"one reduction a step over {'+'.join(replicas)}; {traits.unmappable} cannot be mapped"
     )
+
+
+def _not_a_sum(separable: bool, traits: _traits.Traits) -> str:
+    """Why a loss is no sum over examples; `""` if it is one."""
+    if not separable:
+        return "the loss says it is not separable"
+    if traits.changes_state:
+        return "the loss changes the model's state (batch statistics, or nnx random-number counters)"
+    if traits.repeats_random:
+        return "it draws random numbers that do not depend on the sample (jp.dropout with ids does)"
+    return ""
 
 
 def fits_microbatches(plan: Any, batch: PyTree) -> bool:
@@ -427,16 +433,11 @@ def _pipeline_form(job: _Job, batch: PyTree, plan: Any, separable: bool) -> _For
     pipeline, schedule = plan.strategy(PP), plan.schedule
     check_microbatches(plan, _rows(batch), job.accumulate)
     traits = _traits_of(dataclasses.replace(job, accumulate=schedule.microbatches), batch)
-    reasons = [
-        (not separable, "the loss says it is not separable"),
-        (traits.changes_state, "the loss changes the model's state (batch statistics, or nnx random-number counters)"),
-        (traits.repeats_random, "it draws random numbers that do not depend on the sample (jp.dropout with ids does)"),
-    ]
-    blocked = [why for applies, why in reasons if applies]
-    if blocked:
+    why_not = _not_a_sum(separable, traits)
+    if why_not:
         raise StepError(
             f"{pipeline.label} needs a loss that is a sum over examples, for it passes {schedule.microbatches} "
-            f"microbatches through its stages, but {blocked[0]}. Change that, or plan this step without PP."
+            f"microbatches through its stages, but {why_not}. Change that, or plan this step without PP."
         )
     once = f"; one reduction a step over {'+'.join(plan.replicas)}" if plan.replicas else ""
     return _Form("pipeline", plan.replicas, schedule.title + once)

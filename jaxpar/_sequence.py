@@ -18,6 +18,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+from jax.sharding import PartitionSpec
 
 from ._errors import ShardingError
 from ._rules import matches
@@ -57,6 +58,10 @@ class ContextSplit:
     def splits(self, path: str, shape: tuple[int, ...]) -> bool:
         """Whether the field of a batch at `path` is split over the axis: its second dim is the sequence."""
         return len(shape) > 1 and not any(matches(pattern, path) for pattern in self.whole)
+
+    def spec(self, rows: PartitionSpec, path: str, shape: tuple[int, ...]) -> PartitionSpec:
+        """Where the field of a batch at `path` lies, by the spec of its rows: its sequence, if any, over the axis."""
+        return PartitionSpec(rows[0] if rows else None, self.axis) if self.splits(path, shape) else rows
 
     def order(self, length: int) -> np.ndarray:
         """Which token of a sequence is at each place of a batch."""

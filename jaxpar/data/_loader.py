@@ -190,9 +190,8 @@ class Loader:
         split = plan.context
 
         def place(name: str, field: np.ndarray) -> jax.Array:
-            where = sharding
-            if split is not None and split.splits(name, field.shape):
-                where = NamedSharding(plan.mesh, PartitionSpec(axes or None, split.axis))
+            spec = sharding.spec if split is None else split.spec(sharding.spec, name, field.shape)
+            where = NamedSharding(plan.mesh, spec)
             return jax.make_array_from_process_local_data(where, field, (size, *field.shape[1:]))
 
         def make(step: int) -> dict[str, jax.Array]:

@@ -170,7 +170,7 @@ class _Supervisor:
         while True:
             time.sleep(POLL)
             ended = group.ended()
-            bad = [end for end in ended if end.code not in (_exits.DONE, _exits.AGAIN)]
+            bad = _failed(ended)
             if self.asked and not told:
                 told = True
                 group.signal(self.asked)
@@ -195,7 +195,7 @@ class _Supervisor:
     def _died(self, watched: "_Watched") -> _Failure:
         watched.look(self._pulses())
         time.sleep(SETTLE)
-        bad = [end for end in watched.group.ended() if end.code not in (_exits.DONE, _exits.AGAIN)]
+        bad = _failed(watched.group.ended())
         # A process that was frozen makes the others end by JAX's heartbeat; it is the one to name.
         for member, seconds in watched.silent():
             if seconds > _cluster.HEARTBEAT_SECONDS / 2:
@@ -406,6 +406,11 @@ class _Watched:
         rank = min(self._pulses, key=lambda rank: self._pulses[rank].step)
         member = self.group.members[rank]
         return rank, member.slot, member.pid, self.step_of(rank)
+
+
+def _failed(ended: Sequence[Ended]) -> list[Ended]:
+    """The processes that ended neither well nor because they were asked to."""
+    return [end for end in ended if end.code not in (_exits.DONE, _exits.AGAIN)]
 
 
 def _shared_gpus(what: Launch) -> dict[int, list[int]]:
