@@ -86,7 +86,6 @@ class Watchdog:
         self._loop_thread = threading.get_ident()
         self._changed = threading.Condition()
         self._ended = False
-        self._is_idle = False  # whether the thread waits for a step to begin: otherwise none needs to wake it
         self._thread: threading.Thread | None = None
 
     def begin(self, step: int) -> None:
@@ -96,8 +95,6 @@ class Watchdog:
             if self._thread is None:
                 self._thread = threading.Thread(target=self._watch, name="jaxpar hang", daemon=True)
                 self._thread.start()
-            if self._is_idle:
-                self._changed.notify()
 
     def end(self) -> None:
         """The step is over: nothing is watched until the next begins. What a save takes is no step's time."""
@@ -120,9 +117,7 @@ class Watchdog:
         with self._changed:
             while not self._ended:
                 if self._began is None:
-                    self._is_idle = True
-                    self._changed.wait()
-                    self._is_idle = False
+                    self._changed.wait(LOOK_SECONDS)
                     continue
                 seconds = time.monotonic() - self._began
                 deadline = self._hang.deadline(self._before)
