@@ -102,9 +102,7 @@ class Chosen:
         """
 
         def some(part: tuple[jax.Array, Marks]) -> jax.Array:
-            seen = self.setting.sees(part[1], marks)
-            mask = None if seen is None else seen[:, None]
-            return jax.nn.dot_product_attention(part[0], k, v, mask=mask, scale=self.asked.scale, implementation="xla")
+            return self._at_once(part[0], k, v, self.setting.sees(part[1], marks))
 
         length = q.shape[1]
         if length <= SOME or length % SOME:
@@ -118,12 +116,13 @@ class Chosen:
 
     def _xla(self, heads: Heads, queries: Marks, keys: Marks) -> jax.Array:
         seen = self.setting.sees(queries, keys)
-        mask = None if seen is None else seen[:, None]
         q = heads.q.reshape(*heads.q.shape[:2], -1, heads.q.shape[-1])
-        out = jax.nn.dot_product_attention(
-            q, heads.k, heads.v, mask=mask, scale=self.asked.scale, implementation="xla"
-        ).reshape(heads.q.shape)
+        out = self._at_once(q, heads.k, heads.v, seen).reshape(heads.q.shape)
         return out if seen is None else jnp.where(seen.any(-1)[:, :, None, None, None], out, 0)
+
+    def _at_once(self, q: jax.Array, k: jax.Array, v: jax.Array, seen: jax.Array | None) -> jax.Array:
+        mask = None if seen is None else seen[:, None]
+        return jax.nn.dot_product_attention(q, k, v, mask=mask, scale=self.asked.scale, implementation="xla")
 
     def _cudnn(self, heads: Heads) -> jax.Array:
         window = self.asked.window
