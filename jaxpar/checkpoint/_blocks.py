@@ -92,7 +92,9 @@ def _fill(piece: np.ndarray, store: Any, spans: Spans, window: _Window) -> None:
     grid = store.chunk_layout.read_chunk.shape or ()  # `None` of a number
     for block, cost in _blocks(spans, grid, kind.itemsize, READ_BYTES // 4):
         source = store[tuple(slice(*span) for span in block)]
-        where = tuple(slice(start - first, stop - first) for (start, stop), (first, _) in zip(block, spans, strict=True))
+        where = tuple(
+            slice(start - first, stop - first) for (start, stop), (first, _) in zip(block, spans, strict=True)
+        )
         if kind == piece.dtype:
             into = ts.array(piece[(*where, ...)])
             origin = [start for start, _ in block]
@@ -138,6 +140,4 @@ def _put(piece: np.ndarray, devices: list[Device], memory_kind: str | None, held
 
 
 def _join(values: dict[str, Any], name: str, target: jax.ShapeDtypeStruct, held: list[jax.Array]) -> None:
-    values[name] = jax.make_array_from_single_device_arrays(
-        target.shape, target.sharding, held, dtype=target.dtype
-    )
+    values[name] = jax.make_array_from_single_device_arrays(target.shape, target.sharding, held, dtype=target.dtype)
