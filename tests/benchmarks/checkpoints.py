@@ -51,12 +51,7 @@ def bare_restore(path, like):
     return {name: np.fromfile(path / name, leaf.dtype) for name, leaf in like.items()}
 
 
-def orbax_save(path, tree, *, alike=False):
-    context = ocp.Context()
-    if alike:
-        context.array.saving.use_compression = False
-        context.array.saving.ocdbt_target_data_file_size = _orbax.FILE_BYTES
-        context.array.saving.storage_options.chunk_byte_size = _orbax.CHUNK_BYTES
+def orbax_save(path, tree, context):
     with context:
         ocp.save(str(path / "1"), tree)
 
@@ -78,8 +73,8 @@ def throughput(megabytes):
     contestants = {
         "jaxpar": ours,
         "jaxpar again": ours,
-        "orbax": (lambda path: orbax_save(path, placed), load),
-        "orbax, set alike": (lambda path: orbax_save(path, placed, alike=True), load),
+        "orbax": (lambda path: orbax_save(path, placed, ocp.Context()), load),
+        "orbax, set alike": (lambda path: orbax_save(path, placed, _orbax.settings(placed)), load),
         "disk": (lambda path: bare_save(path, placed), lambda path: bare_restore(path, placed)),
     }
     seconds = {name: ([], []) for name in contestants}
