@@ -48,7 +48,7 @@ class Format(Generic[C]):
         kinds: By `model_type`: the shape that a `config.json` describes, and what else it must say, where it says
             anything about it.
         describe: The `config.json` of a shape.
-        unsaid: Fields of a shape for which `config.json` has no word, and which change no logits.
+        unsaid: Fields of a shape that are about training, for which `config.json` has no word.
         spellings: Patterns in names of tensors, and what other files have in their place.
     """
 
