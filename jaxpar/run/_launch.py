@@ -143,6 +143,7 @@ class _Supervisor:
         self.regrow = what.regrow
         self.asked = 0  # the signal that asks to stop
         self.asked_at = float("inf")
+        self.events: Events | None = None
 
     def run(self) -> int:
         with self._signals():
@@ -169,6 +170,8 @@ class _Supervisor:
         is_growing, told = False, False
         while True:
             time.sleep(POLL)
+            if self.events is not None:
+                self.events.flush()  # what a full disk refused
             ended = group.ended()
             bad = _failed(ended)
             if self.asked and not told:
@@ -333,8 +336,10 @@ class _Supervisor:
         self._write(kind, text, step=step, **more)
 
     def _write(self, kind: str, text: str, *, step: int | None = None, **more: object) -> None:
-        if run := _launched.told_run(self.place):
-            Events(run, LAUNCHER).write(kind, text, step=step, **more)
+        if self.events is None and (run := _launched.told_run(self.place)):
+            self.events = Events(run, LAUNCHER)
+        if self.events is not None:
+            self.events.write(kind, text, step=step, **more)
 
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:

@@ -291,6 +291,7 @@ class Run:
         )
 
     def _on_crash(self, error: BaseException) -> None:
+        self._watch.close()
         said = " ".join(str(error).split())
         words = f"{type(error).__name__}: {said[:400]}"
         text = f"Process {jax.process_index()} on {socket.gethostname()} ended in step {self.step}: {words}"
@@ -334,10 +335,10 @@ class Run:
         self._send_metrics()
         # One collective for all that the processes must agree on. The time is that of process 0.
         is_time = int(_processes.is_first() and self._is_time())
-        rows = _processes.gathered(request.number, is_time, own, *self._watch.codes())
-        number, is_due, *_ = (max(column) for column in zip(*rows, strict=True))
-        self._watch.compared(self.step, [row[2] for row in rows])
-        fault = self._watch.fault(*max((row[3], row[4]) for row in rows))
+        rows = _processes.gathered(request.number, is_time, own, self._watch.milliseconds(), *self._watch.codes())
+        number, is_due, _, longest, *_ = (max(column) for column in zip(*rows, strict=True))
+        self._watch.compared(self.step, [row[2] for row in rows], longest)
+        fault = self._watch.fault(*max((row[4], row[5]) for row in rows))
         fault = fault or self._watch.replicas(self.step, lambda: _arrays(self._state))
         if fault is not None and self._go_back(fault):
             return

@@ -3,13 +3,15 @@
     python worker.py '{"loop": "run", "directory": ..., "steps": 24, "every": 3, "faults": {"1": ["raise", 0, 5]}}'
 
 A fault belongs to one start of the group (`JAXPAR_ATTEMPT`) and one process. Each process notes the ids of the samples
-of each of its steps in `ids/`.
+of each of its steps beside the run's directory, whose disk may be full.
 """
 
+import contextlib
 import json
 import os
 import pathlib
 import random
+import resource
 import signal
 import sys
 import threading
@@ -22,9 +24,12 @@ directory = pathlib.Path(settings["directory"])
 fault, *where = settings.get("faults", {}).get(str(attempt), ["none"])
 is_here = bool(where) and where[0] == slot
 
+filler = directory / "filler"
+if fault != "full disk":
+    filler.unlink(missing_ok=True)  # somebody has made room
 if fault == "dies at start" and is_here:
     sys.exit("no such device")
-if (pathlib.Path(settings["directory"]) / f"broken_{slot}").exists():
+if (directory / f"broken_{slot}").exists():
     os._exit(13)
 
 if fault == "clocks jump":
@@ -104,7 +109,7 @@ class Noted:
             for row, each in enumerate(ids)
             if real[row]
         }
-        file = directory / "ids" / f"{attempt}_{jax.process_index()}.jsonl"
+        file = directory.with_suffix(".ids") / f"{attempt}_{jax.process_index()}.jsonl"
         file.parent.mkdir(parents=True, exist_ok=True)
         with file.open("a") as opened:
             opened.write(json.dumps([step, rows]) + "\n")
@@ -124,12 +129,20 @@ def strike(step):
     if fault == "for good":
         (directory / f"broken_{slot}").touch()
         os.kill(os.getpid(), signal.SIGKILL)
-    if fault == "full disk":  # the kernel refuses what goes beyond 2 kB in any file, as a full disk does
-        import resource
-
-        resource.setrlimit(resource.RLIMIT_FSIZE, (2000, resource.RLIM_INFINITY))
+    if fault == "full disk":
+        fill_the_disk()
     if fault == "killed in a save":
         threading.Thread(target=kill_in_a_save, daemon=True).start()
+
+
+def fill_the_disk():
+    """To the last byte, if the disk is a small one; else the kernel refuses what goes beyond 2 kB in any file."""
+    if os.statvfs(directory).f_blocks * os.statvfs(directory).f_frsize > 2**30:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2000, resource.RLIM_INFINITY))
+        return
+    with contextlib.suppress(OSError), filler.open("ab", buffering=0) as file:
+        while True:
+            file.write(bytes(4096))
 
 
 def kill_in_a_save():

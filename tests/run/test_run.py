@@ -495,7 +495,7 @@ def test_processes_that_are_killed(number, child_env, tmp_path):
     assert process.stdout.readline() == b"twelve\n"
     if number == signal.SIGKILL:
         os.kill(process.pid, number)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=240)
     assert process.returncode == (75 if number == signal.SIGTERM else -9), errors.decode()
     expected = [5, 10, 12] if number == signal.SIGTERM else [5, 10]
     assert checkpoint.steps(tmp_path / "a" / "checkpoints") == expected
@@ -529,7 +529,7 @@ PEER = """
 @pytest.mark.multiprocess
 def test_processes_stop_at_the_same_step(child_env, tmp_path):
     """SIGTERM to process 1 alone: both save step 5 and exit with 75; one process restores it."""
-    ended = peers(PEER, 2, tmp_path, env=child_env, devices=2, seconds=60)
+    ended = peers(PEER, 2, tmp_path, env=child_env, devices=2)
     assert [peer.code for peer in ended] == [75, 75], ended
     assert events(tmp_path) == [("start", 0), ("save", 5), ("stop", 5)]
     (notice,) = [event for event in read(tmp_path) if event.kind == "notice"]
