@@ -33,6 +33,7 @@ KINDS = {
     "error": "A process ends by an exception that nobody caught: its last words.",
     "hang": "A step takes far longer than those before; `stacks` says where each process stands.",
     "slow": "One process is slower than the others, and named.",
+    "clock": "A wall clock jumped by `seconds`.",
     "nan": "A loss or gradient is not a number, or infinite.",
     "spike": "A loss is far above those before.",
     "rollback": "The run goes back to the checkpoint of `step`.",

@@ -14,6 +14,7 @@ import faulthandler
 import logging
 import os
 import pathlib
+import socket
 import sys
 import sysconfig
 import threading
@@ -160,7 +161,7 @@ class Watchdog:
         if self._before:
             usual = f"none of the last {len(self._before)} took more than {max(self._before):.3g} s"
         text = (
-            f"Process {self._process} hangs in step {step}: {seconds:.0f} s, and {usual}. "
+            f"Process {self._process} on {socket.gethostname()} hangs in step {step}: {seconds:.0f} s, and {usual}. "
             f"It stands at {_place(self._loop_thread)}"
         )
         try:
@@ -183,7 +184,7 @@ class Watchdog:
             others = ", ".join(map(str, silent))
             text = (
                 f"No word from process {others} in step {step}, {GRACE_SECONDS:.0f} s after process {self._process} "
-                "gave it up: dead, frozen, or still at work."
+                f"gave it up: dead, frozen, or still at work. Process {self._process} does not wait for it."
             )
             _log.error("%s", text)
             self._events.write("hang", text, step=step, silent=silent)

@@ -13,7 +13,7 @@ MOST_HELD = 10_000
 
 
 class Lines:
-    """Adds to one file, of which others may be adding to the end as well.
+    r"""Adds to one file, of which others may be adding to the end as well.
 
     Args:
         path: The file; its directory is made.

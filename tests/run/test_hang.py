@@ -40,7 +40,7 @@ def test_a_hang_after_quick_steps(tmp_path, left):
     (event,) = read(tmp_path)
     line = stand_still.__code__.co_firstlineno + 1
     assert re.fullmatch(
-        r"Process 0 hangs in step 4: \d s, and none of the last 2 took more than \S+ s\. It stands at "
+        r"Process 0 on \S+ hangs in step 4: \d s, and none of the last 2 took more than \S+ s\. It stands at "
         rf"test_hang\.py:{line} \(stand_still\); stacks: stacks/step_4/process_0\.txt\. Left with code 74\.",
         event.text,
     )

@@ -90,8 +90,16 @@ def test_a_death_is_told_and_the_group_starts_again(tmp_path):
     assert started(tmp_path, {"1.1": "dies in 2", "1": "stays"}) == 0
     (text,) = told(tmp_path, "died")
     assert text.startswith("Process 1 of 2 on ")
-    assert "died in step 2: SIGKILL. Last words: last words. The others, which wait for it, were killed. " in text
-    assert text.endswith("Starting 2 again in 0.1 s, from the beginning.")
+    assert "died in step 2: SIGKILL. The others, which wait for it, were killed. " in text
+    assert text.endswith("Starting 2 again in 0.1 s, from the beginning. Last words: last words.")
+
+
+def test_last_words_are_the_whole_exception(tmp_path, capsys):
+    """What it says first is the matter, and what it says last the way out."""
+    script = "print('begun')\nraise ValueError('two axes, and one is known:\\ndata\\nName it.')"
+    command = (sys.executable, "-S", "-E", "-c", script)
+    assert launch(Launch(command=command, num_processes=1, devices_per_process=1, restarts=1, backoff=0.05)) == 70
+    assert "Last words: ValueError: two axes, and one is known: data Name it." in capsys.readouterr().out
 
 
 def test_one_step_that_fails_again_and_again(tmp_path):
@@ -100,7 +108,7 @@ def test_one_step_that_fails_again_and_again(tmp_path):
     assert len(texts) == 3
     assert texts[-1].endswith(
         "Giving up: step 3 failed 3 times, one after another. Its batch, the code or a device is at fault: starting "
-        "again will not help."
+        "again will not help. Last words: last words."
     )
     assert len(told(tmp_path, "give_up")) == 1
 
@@ -113,7 +121,8 @@ def test_different_steps_that_fail_are_not_one(tmp_path):
 def test_failures_without_a_checkpoint_between(tmp_path, capsys):
     assert started(tmp_path, {"else": "dies at start"}, num=1, restarts=2) == 70
     out = capsys.readouterr().out
-    assert "died before its first step: exit code 1. Last words: no such device. Starting 1 again in 0.1 s" in out
+    assert "died before its first step: exit code 1. Starting 1 again in 0.1 s, from the beginning. Last" in out
+    assert "Last words: no such device." in out
     assert "in 0.1 s" in out  # and twice as long before the next
     assert "Giving up: 3 failures, one after another, without a new checkpoint between." in out
 

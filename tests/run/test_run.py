@@ -353,7 +353,7 @@ def test_incomplete_steps_are_set_aside(mesh, tmp_path, caplog):
     (tmp_path / "checkpoints" / "4.orbax-checkpoint-tmp").mkdir()
     _, steps, _ = train(tmp_path, mesh, 3)
     assert steps == [3]
-    assert "step 3 is incomplete and was set aside." in caplog.text
+    assert "step 3 is incomplete and was set aside, as 3.incomplete." in caplog.text
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["2", "3", "3.incomplete"]
     assert ("set_aside", 3) in events(tmp_path)
 

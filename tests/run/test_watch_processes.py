@@ -77,5 +77,5 @@ def test_two_processes(child_env, tmp_path):
     assert "It stands at <string>:" in hangs[1].text
     assert "(stand_still); stacks: stacks/step_11/process_1.txt. Left with code 74." in hangs[1].text
     for process, event in hangs.items():
-        assert re.match(rf"Process {process} hangs in step 11: \d+ s, and it is the first\. ", event.text)
+        assert re.match(rf"Process {process} on \S+ hangs in step 11: \d+ s, and it is the first\. ", event.text)
         assert (tmp_path / event.more["stacks"]).stat().st_size > 200
