@@ -1,4 +1,4 @@
-"""One run over many meshes in one process, by `make chaos`'s program: the short form of its change of meshes."""
+"""One run with a pipeline and without, in one process: the short form of what `make chaos` does to meshes."""
 
 import pytest
 from flax import nnx
@@ -8,7 +8,7 @@ from tests import _programs as programs
 from tests.chaos import program
 
 EIGHT, PIPE = {"data": 2, "fsdp": 2, "tensor": 2}, {"data": 2, "pipe": 2, "tensor": 2}
-LEGS = [(2, EIGHT), (4, PIPE), (6, {"fsdp": 4}), (8, EIGHT)]
+LEGS = [(2, EIGHT), (4, PIPE), (6, EIGHT)]
 
 
 def losses(directory, stop, axes):
@@ -33,12 +33,12 @@ def losses(directory, stop, axes):
     return found
 
 
-def test_onto_other_meshes_and_back(tmp_path):
-    """8 devices, then as many with stages, then 4, then the first 8 again: one loss curve."""
-    straight = losses(tmp_path / "straight", 8, EIGHT)
+def test_into_stages_and_back(tmp_path):
+    """8 devices, then with stages, then without again: one loss curve."""
+    straight = losses(tmp_path / "straight", 6, EIGHT)
     moved = {}
     for stop, axes in LEGS:
         moved |= losses(tmp_path / "moved", stop, axes)
-    assert sorted(moved) == sorted(straight) == list(range(1, 9))
+    assert sorted(moved) == sorted(straight) == list(range(1, 7))
     for step, loss in moved.items():
         assert loss == pytest.approx(straight[step], rel=2e-5)
