@@ -33,7 +33,7 @@ from ..checkpoint import Keep
 from ..checkpoint._about import versions
 from ..checkpoint._parts import plain_json, take_apart
 from ..checkpoint._restore import restore_valid
-from ..checkpoint._steps import drop_after, newest, none_valid, root, set_aside, tidy
+from ..checkpoint._steps import drop_after, newest, none_valid, prune_known, root, set_aside, tidy
 from . import _exits, _launched, _signals
 from ._beat import Beat, pulses
 from ._events import Events
@@ -122,7 +122,7 @@ class Run:
         self._backs: list[int] = []  # steps from which the run went back
         self._is_followed = False  # whether the loop takes its state from the run
         self._tells_no_more = False
-        self._keep = keep
+        self._keep = Keep(last=keep) if isinstance(keep, int) else keep
         self._name = name
         self._metadata = {"run": name, **plain_json(dict(metadata or {}), "metadata")}
         shown = (Console(),) if writers is None else tuple(writers)
@@ -417,7 +417,7 @@ class Run:
         if _processes.is_first():
             self.events.write("save", text, step=saving.step)
         if self._keep is not None:
-            checkpoint.prune(self._checkpoints, self._keep)
+            prune_known(self._checkpoints, self._keep, valid=saving.step)
 
     def _go_back(self, fault: Fault) -> bool:
         """Go back to the last checkpoint before a fault; whether that was done."""
