@@ -305,11 +305,11 @@ def test_random_kills(loop, child_env, tmp_path):
         end(process)
     assert process.returncode == 0, said(directory).read_text()[-3000:]
     check_survived(directory, tmp_path / "straight", steps)
-    found = status(directory)
+    found, leaves = status(directory), checkpoint._about.read(directory / "checkpoints" / str(steps)).leaves
     print(
         f"\n{loop}, seed {seed}: {done} kills ({inside} inside a save) in {time.monotonic() - began - straight:.0f} s, "
-        f"{found.starts} starts in the loop, {found.again} of {steps} steps done again; bitwise equal, no sample "
-        "skipped or repeated."
+        f"{found.starts} starts in the loop, {found.again} of {steps} steps done again; all {len(leaves)} leaves "
+        f"bitwise equal, all {steps * BATCH} ids as without kills, no checkpoint half-visible."
     )
     assert done == kills
 
