@@ -22,9 +22,10 @@ from . import _context, _kernels
 from ._blockwise import Marks
 from ._constrain import constrain, layout
 from ._errors import ShardingError
+from ._plan_text import bytes_text
 from ._planned import Traced
 from ._ring import across, grouped
-from ._sequence import SCOPE, ContextSplit
+from ._sequence import SCOPE, ContextSplit, meetings
 from ._types import Axes
 
 _Q, _KV = ("batch", "seq", "heads", None), ("batch", "seq", "kv", None)
@@ -96,9 +97,11 @@ def attention(
         split=split,
         inside=region is not None and region.manual,
     )
-    if isinstance(region, Traced) and chosen.words not in region.attends:
-        region.attends.add(chosen.words)
-        region.notes.append(chosen.words)
+    if isinstance(region, Traced):
+        words = chosen.words if split is None else f"{chosen.words}; {_moved(q, k, split, region)}"
+        if words not in region.attends:
+            region.attends.add(words)
+            region.notes.append(words)
     if region is None:
         return _on_one(q, k, v, positions, segments, chosen)
     # What can be skipped is known by position: a device must ask that of its own rows alone.
@@ -107,6 +110,19 @@ def attention(
         by_row = positions is not None and bool(region.crossed or region.manual)
         return _on_one(q, k, v, positions, segments, dataclasses.replace(chosen, skips=not by_row))
     return _on_many(q, k, v, positions, segments, chosen, region)
+
+
+def _moved(q: jax.Array, k: jax.Array, split: ContextSplit, region: _context.Region) -> str:
+    """What one call moves over the axis that splits sequences, for the notes of a step."""
+    numbers = []  # of one device
+    for x, dims in ((q, _Q), (k, _KV)):
+        axes = [axis for each in layout(region, "attention", dims, x.shape) for axis in each]
+        numbers.append(x.size // math.prod(region.mesh.shape[axis] for axis in axes))
+    told = []
+    for meeting in meetings(split):
+        size = numbers[0 if meeting.of_queries else 1] * meeting.bytes_of(k.dtype.itemsize)
+        told.append(f"{meeting.kind} of {meeting.what}, {bytes_text(size)} x{meeting.times}")
+    return f"over {split.axis} a call sends " + "; ".join(told)
 
 
 def _on_one(

@@ -113,6 +113,56 @@ class ContextSplit:
             )
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Meeting:
+    """One kind of transfer by which queries meet keys, in one call of `jp.attention`.
+
+    Attributes:
+        kind: The collective.
+        what: What it carries, in words.
+        times: How often.
+        parts: How much of one device's keys each carries: 1 for its K, or as much as its K has features.
+        of_queries: Whether it is queries, or the result, that it carries: parts of one device's queries then.
+        wide: Whether it is in float32, whatever keys are.
+        backward: Whether it is of the backward pass.
+    """
+
+    kind: str
+    what: str
+    times: int
+    parts: int
+    of_queries: bool = False
+    wide: bool = False
+    backward: bool = False
+
+    def bytes_of(self, itemsize: int) -> int:
+        """Of one number of each part, where keys and queries take `itemsize` bytes."""
+        return self.parts * (max(itemsize, 4) if self.wide else itemsize)
+
+
+def meetings(split: ContextSplit) -> tuple[Meeting, ...]:
+    """What one call of `jp.attention` moves over the axis of `split`, but for positions and segments."""
+    found, ring = [], split.size // split.heads
+    if split.method == "allgather":
+        found += [
+            Meeting(kind="all-gather", what="K, V", times=2, parts=split.size),
+            Meeting(kind="reduce-scatter", what="gradients of K, V", times=2, parts=split.size, backward=True),
+        ]
+    if split.heads > 1:
+        kind, each = ("all-to-all", 1) if split.heads == split.size else ("collective-permute", split.heads - 1)
+        for backward, one, other in ((False, "Q, the result", "K, V"), (True, "their gradients", "their gradients")):
+            pair = {"kind": kind, "times": 2 * each, "parts": 1, "backward": backward}
+            found += [Meeting(what=one, of_queries=True, **pair), Meeting(what=other, **pair)]
+    if split.method != "allgather" and ring > 1:
+        permute = {"kind": "collective-permute", "parts": 2}
+        found += [
+            Meeting(what="K and V to the next device", times=ring - 1, **permute),
+            Meeting(what="K and V once more", times=ring - 1, backward=True, **permute),
+            Meeting(what="their gradients", times=ring, wide=True, backward=True, **permute),
+        ]
+    return tuple(found)
+
+
 def balance(split: ContextSplit) -> float:
     """What part of the work of a causal mask the mean device has, of that of the busiest: 1 if all have the same.
 
