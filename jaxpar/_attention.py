@@ -90,9 +90,13 @@ def attention(
         name=kernel,
     )
     split = None if region is None else region.plan.context
+    # Where gradients of parts of a sequence are kept apart, a model sees one part, and attention all.
+    length = q.shape[1] * (
+        split.size if split is not None and region is not None and split.axis in region.replicas else 1
+    )
     chosen = _kernels.choose(
         asked,
-        q,
+        jax.ShapeDtypeStruct((q.shape[0], length, *q.shape[2:]), q.dtype),
         mesh=None if region is None else region.plan.mesh,
         split=split,
         inside=region is not None and region.manual,
@@ -109,7 +113,7 @@ def attention(
     if split is None and (region.manual or not (asks or chosen.name == "splash")):
         by_row = positions is not None and bool(region.crossed or region.manual)
         return _on_one(q, k, v, positions, segments, dataclasses.replace(chosen, skips=not by_row))
-    return _on_many(q, k, v, positions, segments, chosen, region)
+    return _on_many(q, k, v, positions, segments, chosen, region, length)
 
 
 def _moved(q: jax.Array, k: jax.Array, split: ContextSplit, region: _context.Region) -> str:
@@ -152,6 +156,7 @@ def _on_many(
     segments: jax.Array | None,
     chosen: _kernels.Chosen,
     region: _context.Region,
+    length: int,
 ) -> jax.Array:
     """Attention in a manual region: over sequences that are split, or by a kernel that XLA cannot split by itself."""
     split: ContextSplit | None = region.plan.context
@@ -172,7 +177,7 @@ def _on_many(
     given: dict[str, Any] = {name: x for name, x in (("at", positions), ("of", segments)) if x is not None}
     specs: dict[str, Any] = dict.fromkeys(given, P(batch, seq))
     if chosen.name == "splash" and split is not None and split.method == "allgather":
-        given["masks"] = _kernels.splash_masks(chosen.asked, local_heads, split.order(q.shape[1]), shards=split.size)
+        given["masks"] = _kernels.splash_masks(chosen.asked, local_heads, split.order(length), shards=split.size)
         specs["masks"] = _kernels.splash_spec(given["masks"], region.mesh, split.axis)
     body = ft.partial(
         _device,

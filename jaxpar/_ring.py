@@ -93,7 +93,7 @@ def _splash_ring(
 def _around(heads: Heads, marks: Marks, piece: Piece, split: ContextSplit) -> jax.Array:
     """Attention [B, T/p, K, G, H] over the keys of a ring of devices."""
     q, keys = jnp.moveaxis(heads.q, 1, 3), jnp.moveaxis(jnp.stack([heads.k, heads.v]), 2, 3)
-    out = ring(q, keys, marks, piece, Route.of(split))  # pyright: ignore[reportCallIssue, reportArgumentType] (custom_vjp)
+    out: Any = ring(q, keys, marks, piece, Route.of(split))
     return jnp.moveaxis(out, 3, 1)
 
 

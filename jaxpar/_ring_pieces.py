@@ -158,20 +158,14 @@ class Splash:
         from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 
         kernel = self._kernel(q, keys, causal)
-        settings = [
-            kernel.kwargs[name]
-            for name in (
-                *("mask_value", "is_mqa", "block_sizes", "residual_checkpoint_name", "mask_function"),
-                *("attn_logits_soft_cap", "interpret"),
-            )
-        ]
 
-        def one(q: Any, k: Any, v: Any, of: Any, d_out: Any, out: Any, log_sum: Any) -> Any:
-            kept = (q, k, v, of, None, out, log_sum, kernel.dq_mask_info, kernel.dkv_mask_info)
-            return splash._splash_attention_bwd(False, *settings, kept, d_out)[3:6]  # noqa: SLF001 (see the class)
+        def one(q: Any, keys: Any, of: Any, pulled: PulledBack) -> Any:
+            known = (pulled.out, pulled.log_sum, kernel.dq_mask_info, kernel.dkv_mask_info)
+            kept: Any = (q, *keys, of, None, *known)
+            return splash._splash_attention_bwd(**kernel.kwargs, res=kept, do=pulled.d_out)[3:6]  # noqa: SLF001
 
         flat = lambda x: x.reshape(x.shape[0], -1, *x.shape[3:])
-        d_q, d_k, d_v = jax.vmap(one)(flat(q), *keys, of, *map(flat, pulled))
+        d_q, d_k, d_v = jax.vmap(one, in_axes=(0, 1, 0, 0))(flat(q), keys, of, PulledBack(*map(flat, pulled)))
         return d_q.reshape(q.shape), jnp.stack([d_k, d_v])
 
 

@@ -41,6 +41,7 @@ class ContextSplit:
         heads: Over how many devices heads are split while attention runs: 1, but for Ulysses and hybrids.
         zigzag: Whether batches are brought in zigzag order.
         whole: Patterns of fields of a batch whose second dim is not the sequence.
+        reduce: When gradients are summed over the axis, with accumulation: once a `"microbatch"`, or once a `"step"`.
     """
 
     axis: str
@@ -49,6 +50,7 @@ class ContextSplit:
     heads: int = 1
     zigzag: bool = False
     whole: tuple[str, ...] = ()
+    reduce: str = "microbatch"
 
     @property
     def unit(self) -> int:

@@ -25,11 +25,13 @@ class Traits:
         unmappable: An operation that `vmap` makes slow or impossible, in words, or `None`.
         repeats_random: Whether it draws random numbers that do not depend on the sample.
         changes_state: Whether it changes its state.
+        draws: Whether it draws random numbers at all.
     """
 
     unmappable: str | None
     repeats_random: bool
     changes_state: bool
+    draws: bool
 
 
 def traits_of(closed: Any, num_before: int, num_batch: int, num_state: int, state_at: int) -> Traits:
@@ -52,6 +54,7 @@ def traits_of(closed: Any, num_before: int, num_batch: int, num_state: int, stat
         unmappable=UNMAPPABLE[found] if found else None,
         repeats_random=_draws_alike(jaxpr, depends),
         changes_state=changes,
+        draws=find(jaxpr, RANDOM) is not None,
     )
 
 
