@@ -314,6 +314,7 @@ def test_a_batch_that_does_not_fit(batch, said):
         ({"method": "ulysses", "balance": "zigzag"}, "no effect"),
         ({"method": "hybrid"}, "heads=None"),
         ({"heads": 2}, "heads=2 has no effect"),
+        ({"reduce": "once"}, "'microbatch' or 'step'"),
     ],
 )
 def test_settings_that_do_not_go_together(settings, said):
@@ -346,6 +347,33 @@ def test_zigzag_wants_positions():
     with _context.entered(_context.Region(plan=in_order)):
         found = jax.jit(attend)(in_order.batch(given))
     np.testing.assert_allclose(found, written.reference(given)[0]["out"], atol=1e-5)
+
+
+@pytest.mark.parametrize("change", ["none", "a mean", "random numbers", "a convolution"])
+def test_a_loss_that_is_no_sum_over_tokens(change):
+    """`reduce="step"` runs it on parts of sequences: what is seen to be none is refused."""
+    plan = plan_of(jp.CP(reduce="step"), context=4)
+
+    def loss(params, batch):
+        x = jp.constrain(batch["q"][..., 0], "batch", "seq", "embed")
+        y = jnp.square(x @ params["w"])
+        if change == "random numbers":
+            y *= jax.random.uniform(jax.random.fold_in(jax.random.key(0), batch["sample"][0]), y.shape)
+        if change == "a convolution":
+            y = jax.lax.conv_general_dilated(
+                y, params["w"][None, :], (1,), "SAME", dimension_numbers=("NWC", "WIO", "NWC")
+            )
+        return y.mean() if change == "a mean" else (y.sum(), jnp.float32(1) * batch["positions"].shape[1])
+
+    given = written.inputs(16, 1, rows=8) | {"sample": np.arange(8)}
+    step = plan.jit(jp.value_and_grad(loss, accumulate=2))
+    lower = lambda: step.lower(plan.init(), plan.batch(given))
+    if change == "none":
+        lower()
+        assert "one reduction a step over context" in step.notes[-1]
+    else:
+        with pytest.raises(jp.StepError, match=r"CP\(reduce='step'\) runs the loss"):
+            lower()
 
 
 def test_a_plan_says_it():
