@@ -16,6 +16,7 @@ from typing import Any, get_args
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
 from . import _context, _kernels
@@ -25,7 +26,7 @@ from ._errors import ShardingError
 from ._plan_text import bytes_text
 from ._planned import Traced
 from ._ring import across, grouped
-from ._sequence import SCOPE, ContextSplit, meetings
+from ._sequence import PLACED, SCOPE, ContextSplit, meetings
 from ._types import Axes
 
 _Q, _KV = ("batch", "seq", "heads", None), ("batch", "seq", "kv", None)
@@ -90,6 +91,8 @@ def attention(
         name=kernel,
     )
     split = None if region is None else region.plan.context
+    if positions is not None and split is not None and split.zigzag:
+        positions = checkpoint_name(positions, PLACED)
     # Where gradients of parts of a sequence are kept apart, a model sees one part, and attention all.
     length = q.shape[1] * (
         split.size if split is not None and region is not None and split.axis in region.replicas else 1

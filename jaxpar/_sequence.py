@@ -29,6 +29,9 @@ SCOPE = "jp.attention"
 POSITIONS = "positions"
 """The field of a batch that says where tokens are."""
 
+PLACED = "jp.positions"
+"""The name that positions have in a jaxpr, where a batch is in zigzag order: they must come from it."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ContextSplit:

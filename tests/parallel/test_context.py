@@ -343,6 +343,10 @@ def test_zigzag_wants_positions():
         with pytest.raises(ShardingError, match="zigzag order"):
             jax.eval_shape(attend, plan.batch(given))
         jax.eval_shape(ft.partial(attend, causal=False), plan.batch(given))
+    own = lambda given: attend(given, positions=jnp.broadcast_to(jnp.arange(16), given["positions"].shape))
+    with pytest.raises(jp.StepError, match="come from no argument of this step"):
+        plan.jit(own).lower(plan.batch(given))
+    plan.jit(lambda given: attend(given, positions=given["positions"] * 2)).lower(plan.batch(given))
     in_order = plan_of(jp.CP(balance="none"), context=4)
     with _context.entered(_context.Region(plan=in_order)):
         found = jax.jit(attend)(in_order.batch(given))
