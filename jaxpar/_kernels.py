@@ -91,9 +91,14 @@ class Chosen:
         if self.name == "xla":
             return self._xla(heads, queries, keys)
         out = self._splash(heads, queries, keys, masks) if self.name == "splash" else self._cudnn(heads)
+        return self.checked(out, keys)
+
+    def checked(self, out: jax.Array, keys: Marks) -> jax.Array:
+        """`out` [B, ...] of a kernel that knows places alone: NaN where the positions of all keys, in order, differ."""
         if not self.asked.positions:
             return out
-        return jnp.where(_in_order(keys)[:, None, None, None, None], out, jnp.array(jnp.nan, out.dtype))
+        right = _in_order(keys).reshape(-1, *[1] * (out.ndim - 1))
+        return jnp.where(right, out, jnp.array(jnp.nan, out.dtype))
 
     def whole(self, q: jax.Array, k: jax.Array, v: jax.Array, marks: Marks) -> jax.Array:
         """XLA's attention of q [B, T, N, H] over k and v [B, T, K, H], `SOME` queries at a time: [B, T, N, H].
@@ -176,10 +181,20 @@ def choose(asked: Asked, q: AnyArray, *, mesh: Any, split: ContextSplit | None, 
     )
 
 
-def splash_masks(asked: Asked, num_heads: int, order: np.ndarray, *, shards: int = 1, interpret: bool = False) -> Any:
+def splash_masks(
+    asked: Asked,
+    num_heads: int,
+    order: np.ndarray,
+    *,
+    num_keys: int | None = None,
+    shards: int = 1,
+    save_residuals: bool = False,
+    interpret: bool = False,
+) -> Any:
     """Splash attention for `num_heads` heads and queries in `order`, keys in theirs: a pytree to call.
 
-    With `shards` it is for that many devices, each with a part of the queries; `splash_spec` splits it. Without a TPU,
+    With `shards` it is for that many devices, each with a part of the queries; `splash_spec` splits it. Keys are as
+    many as queries, or `num_keys`, if all are seen. `save_residuals` gives the log-sum-exp of rows too. Without a TPU,
     `interpret` runs it.
     """
     from jax.experimental.pallas.ops.tpu.splash_attention import (
@@ -188,29 +203,31 @@ def splash_masks(asked: Asked, num_heads: int, order: np.ndarray, *, shards: int
     )
 
     length = len(order)
+    num_keys = length if num_keys is None else num_keys
     if asked.window is not None:
         sides = (asked.window - 1, 0 if asked.causal else asked.window - 1)
         one: Any = mask.LocalMask((length, length), sides, 0)
     else:
-        one = mask.CausalMask((length, length)) if asked.causal else mask.FullMask((length, length))
+        one = mask.CausalMask((length, length)) if asked.causal else mask.FullMask((length, num_keys))
     if asked.by_position:
         one.q_sequence = order.astype(np.int32)
-    block = _block_of(length // shards)
+    block, block_kv = _block_of(length // shards), _block_of(num_keys // shards)
     sizes = splash.BlockSizes(
         block_q=block,
-        block_kv=block,
-        block_kv_compute=block,
+        block_kv=block_kv,
+        block_kv_compute=block_kv,
         block_q_dkv=block,
-        block_kv_dkv=block,
-        block_kv_dkv_compute=block,
+        block_kv_dkv=block_kv,
+        block_kv_dkv_compute=block_kv,
         block_q_dq=block,
-        block_kv_dq=block,
+        block_kv_dq=block_kv,
     )
     return splash.make_splash_mha(
         mask.MultiHeadMask([one] * num_heads),
         block_sizes=sizes,
         head_shards=1,
         q_seq_shards=shards,
+        save_residuals=save_residuals,
         interpret=interpret,
     )
 
@@ -224,14 +241,19 @@ def _why_not(name: Name, asked: Asked, q: AnyArray, platform: str, mesh: Any, sp
     """Why the kernel `name` cannot do what is asked; `""` if it can."""
     if name == "blockwise":
         return ""
-    if split is not None and split.method in ("ring", "hybrid"):
+    ring = split is not None and split.method in ("ring", "hybrid")
+    if ring and name != "splash":
         return f"{split.method} merges parts by the sums of their rows, which it does not give its backward pass"
     if name == "xla":
         return ""
     if platform != ("tpu" if name == "splash" else "gpu"):
         return f"this is {platform}"
     if name == "splash":
-        part = q.shape[1] // (split.size if split is not None and split.method == "allgather" else 1)
+        if ring and asked.window is not None:
+            return f"where a window ends in the keys of another device of the {split.method}, only the device knows"
+        part = q.shape[1]
+        if split is not None and split.method != "ulysses":
+            part //= split.size * (2 if ring and split.zigzag else 1)
         if part % _LANES or q.shape[-1] % _LANES:
             return f"{part} queries of {q.shape[-1]} features are no multiples of {_LANES}"
         return ""

@@ -102,6 +102,7 @@ def test_xla_can_be_differentiated_twice():
 
 ASKED = _kernels.Asked(causal=True, window=None, scale=1.0, segments=False, positions=True, name=None)
 CONTEXT = ContextSplit(axis="context", size=8, method="allgather")
+RING = dataclasses.replace(CONTEXT, method="ring")
 
 
 def chosen(platform, *, split=None, length=4096, features=128, dtype=jnp.bfloat16, **asked):
@@ -118,6 +119,7 @@ def test_each_platform_has_its_kernel():
     assert chosen("tpu").words == "attention: xla on tpu"
     assert chosen("tpu", name="splash").words == "attention: splash on tpu"
     assert chosen("tpu", split=CONTEXT).words == "attention: allgather over context=8, splash on tpu"
+    assert chosen("tpu", split=RING).words == "attention: ring over context=8, splash on tpu"
     assert "no GPU is here" in chosen("gpu", split=CONTEXT).words
 
 
@@ -125,10 +127,11 @@ def test_each_platform_has_its_kernel():
     ("platform", "asked", "reason"),
     [
         ("tpu", {"length": 800, "split": CONTEXT}, "100 queries of 128 features are no multiples of 128"),
-        ("tpu", {"split": dataclasses.replace(CONTEXT, method="ring")}, "ring merges parts"),
+        ("tpu", {"split": RING, "window": 9}, "where a window ends"),
+        ("tpu", {"split": dataclasses.replace(RING, zigzag=True), "length": 1024}, "64 queries of 128"),
         ("cpu", {"name": "splash"}, "this is cpu"),
         ("tpu", {"name": "cudnn"}, "this is tpu"),
-        ("cpu", {"name": "xla", "split": dataclasses.replace(CONTEXT, method="ring")}, "ring merges parts"),
+        ("cpu", {"name": "xla", "split": RING}, "ring merges parts"),
     ],
 )
 def test_what_cannot_work_is_said(platform, asked, reason):
