@@ -61,8 +61,7 @@ def attention(
         causal: Whether a token sees only its own position and those before.
         window: How many positions it sees, its own included; without `causal` as many after it too.
         scale: Of the scores; by default 1 / sqrt(H).
-        kernel: What computes it. By default `"xla"` for whole sequences, and where the plan splits them the best that
-            can on this platform:
+        kernel: What computes it. By default the best that can on this platform:
             `"blockwise"`, plain JAX, anywhere; skips blocks in which nothing is seen. Differentiable once, in reverse.
             `"splash"`, Pallas on TPU, and `"cudnn"` on GPU: for positions that go up by one within each segment, and
             segments that go up; where that is not so, the result is NaN. cuDNN knows no segments.

@@ -9,13 +9,15 @@ Splash and cuDNN know the order of an array, not positions. For these, positions
 is NaN unless they go up by one within each segment.
 """
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from ._blockwise import BLOCK, Heads, Marks, Setting, blockwise
 from ._errors import ShardingError
@@ -33,6 +35,9 @@ SOME = 1024
 AnyArray = jax.Array | jax.ShapeDtypeStruct
 
 _LANES = 128
+_ONE_PASS = (None, "default", "fastest", "bfloat16")  # any other, Mosaic refuses to compile for narrow operands
+
+_platform = jax.make_user_context(None)  # not a ContextVar: see `_context`
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -166,19 +171,21 @@ def choose(asked: Asked, q: AnyArray, *, mesh: Any, split: ContextSplit | None, 
     platform = _platform_of(mesh)
     whole = split is None and (q.shape[1] <= SOME or q.shape[1] % SOME == 0)
     plain: Name = "xla" if whole else "blockwise"
-    wanted = asked.name or (plain if split is None else _OWN.get(platform, plain))
-    why_not = _why_not(wanted, asked, q, platform, mesh, split)
+    wanted = asked.name or _OWN.get(platform, plain)
+    why_not = _why_not(wanted, asked, q, platform, split)
     if wanted == "splash" and inside and not why_not:
         why_not = "XLA cannot split it by itself, and a stage of a pipeline is a manual region already"
     if why_not and asked.name is not None:
         raise ShardingError(f"attention: kernel={wanted!r} cannot compute this: {why_not}. Leave kernel= out.")
     name = plain if why_not else wanted
-    how = "" if split is None else f"{split.method} over {split.axis}={split.size}, "
-    return Chosen(
-        asked=asked,
-        name=name,
-        words=f"attention: {how}{name} on {platform}" + (f", not {wanted}: {why_not}" if why_not else ""),
-    )
+    words = f"{name} on {platform}"
+    if split is not None:
+        words = f"{split.method} over {split.axis}={split.size}, {words}"
+    if why_not:
+        words += f", not {wanted}: {why_not}"
+    elif name in _OWN.values() and asked.positions:
+        words += "; NaN where positions do not go up by one in a segment: kernel='xla' or 'blockwise' takes any"
+    return Chosen(asked=asked, name=name, words=f"attention: {words}")
 
 
 def splash_masks(
@@ -237,7 +244,7 @@ def splash_spec(masks: Any, mesh: Any, axis: str) -> Any:
     return masks.manual_sharding_spec(NamedSharding(mesh, PartitionSpec(None, axis)))
 
 
-def _why_not(name: Name, asked: Asked, q: AnyArray, platform: str, mesh: Any, split: ContextSplit | None) -> str:
+def _why_not(name: Name, asked: Asked, q: AnyArray, platform: str, split: ContextSplit | None) -> str:
     """Why the kernel `name` cannot do what is asked; `""` if it can."""
     if name == "blockwise":
         return ""
@@ -249,6 +256,9 @@ def _why_not(name: Name, asked: Asked, q: AnyArray, platform: str, mesh: Any, sp
     if platform != ("tpu" if name == "splash" else "gpu"):
         return f"this is {platform}"
     if name == "splash":
+        precision = jax.config.jax_default_matmul_precision
+        if q.dtype != jnp.float32 and precision not in _ONE_PASS:
+            return f"its products of {q.dtype} are exact, and jax_default_matmul_precision={precision!r} cannot be had"
         if ring and asked.window is not None:
             return f"where a window ends in the keys of another device of the {split.method}, only the device knows"
         part = q.shape[1]
@@ -257,7 +267,7 @@ def _why_not(name: Name, asked: Asked, q: AnyArray, platform: str, mesh: Any, sp
         if part % _LANES or q.shape[-1] % _LANES:
             return f"{part} queries of {q.shape[-1]} features are no multiples of {_LANES}"
         return ""
-    if isinstance(mesh, AbstractMesh):
+    if jax.default_backend() != "gpu":
         return "no GPU is here to ask for its cuDNN"
     if asked.segments:
         return "it knows no segments"
@@ -272,8 +282,15 @@ def _why_not(name: Name, asked: Asked, q: AnyArray, platform: str, mesh: Any, sp
     return ""
 
 
+@contextlib.contextmanager
+def traced_for(platform: str) -> Iterator[None]:
+    """Choose kernels of `platform` in what is traced here without a plan: `"cpu"`, `"gpu"` or `"tpu"`."""
+    with _platform(platform):
+        yield
+
+
 def _platform_of(mesh: Any) -> str:
-    return jax.default_backend() if mesh is None else hardware_of(mesh).kind
+    return _platform.value or jax.default_backend() if mesh is None else hardware_of(mesh).kind
 
 
 def _block_of(length: int) -> int:

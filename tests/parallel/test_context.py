@@ -99,21 +99,22 @@ def test_key_heads_that_devices_share():
 
 
 @pytest.mark.parametrize(
-    ("method", "mask", "context"),
+    ("method", "mask", "axes"),
     [
-        ("allgather", "segments", 2),
-        ("ulysses", "window", 2),
-        ("ring", "segments", 4),
-        ("ring, in order", "causal", 2),
-        ("hybrid", "causal", 4),
+        ("whole", "segments", {"data": 2, "tensor": 2}),
+        ("allgather", "segments", {"context": 2}),
+        ("ulysses", "window", {"context": 2}),
+        ("ring", "segments", {"context": 4}),
+        ("ring, in order", "causal", {"context": 2}),
+        ("hybrid", "causal", {"context": 4}),
     ],
 )
-def test_splash_is_attention(method, mask, context, monkeypatch):
+def test_splash_is_attention(method, mask, axes, monkeypatch):
     """The kernel for TPU, interpreted. In zigzag order: masks of its own on each device, halves of keys in a ring."""
     monkeypatch.setattr(_kernels, "_platform_of", lambda mesh: "tpu")
     monkeypatch.setattr(_kernels, "splash_masks", ft.partial(_kernels.splash_masks, interpret=True))
-    given = written.inputs(256 * context, 2, rows=1, heads=4, features=128)
-    plan = plan_of(jp.CP(**METHODS[method]), context=context)
+    given = written.inputs(256 * axes.get("context", 1), 2, rows=2, heads=4, features=128)
+    plan = plan_of(jp.DP() if method == "whole" else jp.CP(**METHODS[method]), **axes)
     table = compare(run(plan, given, **written.MASKS[mask]), *written.reference(given, **written.MASKS[mask]))
     assert table.ok, str(table)
 
