@@ -378,7 +378,7 @@ def _form(job: _Job, batch: PyTree, region: Region | None, separable: bool) -> _
     why_not = _not_a_sum(separable, traits)
     if why_not:
         return _refuse_hook(hook, job, why_not)
-    if apart:
+    if split is not None and apart:
         _check_by_token(job, batch, traits, split)
         replicas = (*replicas, split.axis)
     if not replicas:

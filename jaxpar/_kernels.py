@@ -248,22 +248,22 @@ def _why_not(name: Name, asked: Asked, q: AnyArray, platform: str, split: Contex
     """Why the kernel `name` cannot do what is asked; `""` if it can."""
     if name == "blockwise":
         return ""
-    ring = split is not None and split.method in ("ring", "hybrid")
-    if ring and name != "splash":
-        return f"{split.method} merges parts by the sums of their rows, which it does not give its backward pass"
+    ring = split if split is not None and split.method in ("ring", "hybrid") else None
+    if ring is not None and name != "splash":
+        return f"{ring.method} merges parts by the sums of their rows, which it does not give its backward pass"
     if name == "xla":
         return ""
     if platform != ("tpu" if name == "splash" else "gpu"):
         return f"this is {platform}"
     if name == "splash":
-        precision = jax.config.jax_default_matmul_precision
+        precision = jax.config.jax_default_matmul_precision  # pyright: ignore[reportAttributeAccessIssue]
         if q.dtype != jnp.float32 and precision not in _ONE_PASS:
             return f"its products of {q.dtype} are exact, and jax_default_matmul_precision={precision!r} cannot be had"
-        if ring and asked.window is not None:
-            return f"where a window ends in the keys of another device of the {split.method}, only the device knows"
+        if ring is not None and asked.window is not None:
+            return f"where a window ends in the keys of another device of the {ring.method}, only the device knows"
         part = q.shape[1]
         if split is not None and split.method != "ulysses":
-            part //= split.size * (2 if ring and split.zigzag else 1)
+            part //= split.size * (2 if ring is not None and ring.zigzag else 1)
         if part % _LANES or q.shape[-1] % _LANES:
             return f"{part} queries of {q.shape[-1]} features are no multiples of {_LANES}"
         return ""
