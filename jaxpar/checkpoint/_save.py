@@ -66,8 +66,9 @@ class Saving:
         self._thread.join()
         _under_way.discard(self)
         if self._error is not None:
+            why = str(self._error).rstrip(".")
             raise CheckpointError(
-                f"Step {self.step} could not be saved at {self.path}: {self._error}\nEarlier steps are as they were."
+                f"Step {self.step} could not be saved at {self.path}: {why}. Earlier steps are as they were."
             ) from self._error
 
     def _work(self) -> None:

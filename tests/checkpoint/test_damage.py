@@ -254,7 +254,7 @@ def test_a_failed_save_leaves_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint._sums, "of_files", of_files)
     saving = checkpoint.save_async(tmp_path, 3, {"w": jnp.ones(3)})
     assert message(saving.wait) == (
-        f"Step 3 could not be saved at {tmp_path}/3: [Errno 28] No space left on device\n"
+        f"Step 3 could not be saved at {tmp_path}/3: [Errno 28] No space left on device. "
         "Earlier steps are as they were."
     )
     assert list(tmp_path.iterdir()) == []
