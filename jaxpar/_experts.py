@@ -29,6 +29,7 @@ from . import _context
 from ._constrain import layout
 from ._errors import ShardingError
 from ._grouped import grouped_dot
+from ._manual import manual
 from ._planned import Traced
 from ._route import Routing
 from ._types import Axes
@@ -133,9 +134,9 @@ def experts(
     _note(region, routing, dispatch, expert)
     tokens = P(batch, seq)
     into, out_of = P(expert, None, hidden), P(expert, hidden, None)
-    return jax.shard_map(
+    return manual(
+        region,
         jax.jit(ft.partial(kernel, at=_At(expert=expert, hidden=hidden, batch=batch, seq=seq))),  # as in `_vocab`
-        mesh=region.mesh,
         in_specs=(tokens, tokens, tokens, (into, out_of, into)[: len(matrices)]),
         out_specs=(tokens, P(batch)),
     )(x, routing.chosen, routing.weights, matrices)

@@ -112,13 +112,11 @@ class PP(Strategy):
         if len(stacks) != 1 or not all(".each." in f".{leaf.path}" for leaf in next(iter(stacks.values()))):
             draft.problems.append(self._what_is_needed(stacks))
             return
-        beside = list(draft.dims.get("expert", ()))
-        if draft.context is not None:
-            beside.append(draft.context.axis)
-        if beside:
+        if draft.context is not None and draft.context.method in ("ring", "hybrid"):
             draft.problems.append(
-                f"{self.label} beside axis {beside[0]!r}, over which a sequence or experts are split by kernels that "
-                "are manual over the whole mesh: a stage is a manual region already. Leave one of the two out."
+                f"{self.label} beside CP(method={draft.context.method!r}): its keys go round by permutes, which join "
+                "every device of the mesh, and the stages of a pipeline are not all at it at once. Use "
+                "CP(method='allgather') or 'ulysses', whose groups lie within a stage."
             )
         leaves = next(iter(stacks.values()))
         each = leaves[0].shape[leaves[0].layers - 1] // stages
