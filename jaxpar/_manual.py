@@ -12,7 +12,6 @@ groups, and a group along an inner axis lies within one stage: all of it takes t
 the mesh, and have no place in a stage (`_branches`).
 """
 
-import functools as ft
 from collections.abc import Callable
 from typing import Any
 
@@ -40,6 +39,8 @@ def manual(
     if not region.manual:
         return jax.shard_map(body, mesh=region.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=check_vma)
     axes = set(region.plan.axes) - set(region.replicas)
+    if not axes:
+        return body
 
     def mapped(body: Callable[..., PyTree], **specs: Any) -> Callable[..., PyTree]:
         # Remat, which keeps nothing: a scan takes what it repeats apart, by what is known before the loop, and of a

@@ -13,6 +13,7 @@ drops it. The stack's block is the layer that the stages run.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -119,6 +120,7 @@ def pipelined(loss: LossOf, params: dict[str, jax.Array], micro: PyTree, region:
             {path: spec(path, leaf) for path, leaf in ends.items()},
             {path: P(*tuple(spec(path, leaf))[layer.layer_dims :]) for path, leaf in blocks.items()},
         ),
+        parts=math.prod(plan.axes[axis] for axis in plan.batch_axes if axis not in replicas),
     )
     return Pipelined(
         run=run,

@@ -25,6 +25,10 @@ class PP(Strategy):
     the stack, their gradients and optimiser state divide by the axis size; a stage keeps one activation for each
     microbatch in flight. On a mesh without the axis the stack is a scan over its layers, as without `PP`.
 
+    Beside it every other strategy may stand, except rings of keys (`CP(method="ring")`): what a stage moves is in a
+    branch that other stages do not take, where sums, gathers and all-to-alls are good within a stage, and permutes are
+    not. Axes of replicas are crossed once a step; `fsdp`, `expert` and `context` once a microbatch.
+
     Args:
         axis: The axis of the stages.
         schedule: A name (`"gpipe"`, `"1f1b"`), a CSV file, or a `jp.Schedule`.
