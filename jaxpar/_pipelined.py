@@ -13,6 +13,7 @@ drops it. The stack's block is the layer that the stages run.
 """
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -22,9 +23,11 @@ import jax.numpy as jnp
 from jax.extend import core as jax_core
 from jax.sharding import PartitionSpec
 
-from . import _context, _tree
-from ._context import Region, drop_axes
+from . import _context, _traits, _tree
+from ._context import Region, axes_at, drop_axes
 from ._errors import StepError
+from ._plan import Record
+from ._planned import Traced
 from ._stack import Layer, Stacked, caught
 from ._types import Axes, PyTree
 from .parallel import PP
@@ -104,6 +107,7 @@ def pipelined(loss: LossOf, params: dict[str, jax.Array], micro: PyTree, region:
     named = {_tree.path_of(keys): keys for keys in held}
     blocks = {path: params[path] for path in of_path.values()}
     ends = {path: leaf for path, leaf in params.items() if path not in blocks}
+    abstract = {path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for path, leaf in params.items()}
 
     def spec(path: str, leaf: jax.Array) -> PartitionSpec:
         match = plan.matcher.match(path, leaf.shape)
@@ -115,6 +119,7 @@ def pipelined(loss: LossOf, params: dict[str, jax.Array], micro: PyTree, region:
         mesh=plan.mesh,
         axis=pipeline.axis,
         replicas=replicas,
+        mapped=_mapped(loss, abstract, micro, region, [plan.records[path] for path in blocks]),
         layer_dims=layer.layer_dims,
         specs=(
             {path: spec(path, leaf) for path, leaf in ends.items()},
@@ -129,6 +134,25 @@ def pipelined(loss: LossOf, params: dict[str, jax.Array], micro: PyTree, region:
         held={name: held[keys] for name, keys in named.items()},
         fixed=probed.fixed,
     )
+
+
+def _mapped(loss: LossOf, params: dict[str, Any], micro: PyTree, region: Region, records: list[Record]) -> Axes:
+    """The last of the axes of replicas: those over which blocks are stored in pieces (`reduce="step"`).
+
+    None, where the loss does what is not to be mapped over replicas; a stage's weights are then gathered whole.
+    """
+    cut = {axis for record in records for entry in record.storage for axis in axes_at(entry)}
+    axes = tuple(reversed(list(itertools.takewhile(cut.__contains__, reversed(region.plan.replicas)))))
+    if not axes:
+        return ()
+    with _context.entered(None):
+        found = _traits.find(jax.make_jaxpr(loss)(params, micro).jaxpr, _traits.UNMAPPABLE)
+    if found and isinstance(region, Traced):
+        region.notes.append(
+            f"{_traits.UNMAPPABLE[found]} cannot be mapped over {'+'.join(axes)}: the weights of a stage are gathered "
+            "whole, once a step."
+        )
+    return () if found else axes
 
 
 class _Reached(Exception):  # noqa: N818 -- no error: a way out

@@ -135,6 +135,8 @@ class Run:
         mesh: Where.
         axis: The axis of the stages.
         replicas: Axes over which gradients are kept apart.
+        mapped: Of these, the last ones, over which parameters are cut: the regions are not manual over them but mapped,
+            so that the compiler gathers a layer where the block reads it.
         layer_dims: Leading dims of the blocks that count layers: 1, or 2 for `[chunks, layers of a chunk]`, of which
             the second may be split over `axis` without anything to move.
         specs: Where the gradients lie while they add up, `(ends, blocks)`: for each leaf a spec without replicas, the
@@ -150,6 +152,7 @@ class Run:
     mesh: AnyMesh
     axis: str = "pipe"
     replicas: Axes = ()
+    mapped: Axes = ()
     layer_dims: int = 1
     specs: tuple[PyTree, PyTree] | None = None
     parts: int = 1
@@ -165,7 +168,12 @@ class Run:
     @property
     def manual(self) -> Axes:
         """The axes of the regions."""
-        return (*self.replicas, self.axis)
+        return (*self._apart_by, self.axis)
+
+    @property
+    def _apart_by(self) -> Axes:
+        """The replicas' axes of the regions: in them, the dim of replicas has what is mapped."""
+        return self.replicas[: len(self.replicas) - len(self.mapped)]
 
     def gradients(
         self, ends: PyTree, blocks: PyTree, micro: PyTree, *, held: PyTree = None, fixed: PyTree = None
@@ -351,8 +359,28 @@ class Run:
         return [(i, (i + 1) % p) for i in range(p)][: p if self.schedule.chunks > 1 else p - 1]
 
     def _given(self, fixed: PyTree, micro: PyTree, index: jax.Array) -> PyTree:
-        """What the blocks of this replica get for a microbatch."""
-        return self.model.given(fixed, _one(micro, index))
+        """What the blocks of the replicas here get for a microbatch."""
+        # Taken outside of a branch, which would be given all microbatches.
+        return self._each(lambda micro: self.model.given(fixed, micro))(_of(micro, index))
+
+    def _each(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """`function` for each replica of a region, of arrays [replicas, ...]: for one if none are mapped."""
+        if self.mapped:
+            # `spmd_axis_name` would be for axes that are manual here.
+            return lambda *given: jax.vmap(function)(*self._cut(given))
+
+        def run(*given: Any) -> Any:
+            found = function(*jax.tree.map(lambda leaf: leaf[0], given))
+            return jax.tree.map(lambda leaf: leaf[None], found)
+
+        return run
+
+    def _cut(self, tree: PyTree) -> PyTree:
+        """Arrays [replicas, ...] of a region, the first dim over the mapped axes; of a branch's result, after it."""
+        if not self.mapped:
+            return tree
+        place = lambda leaf: lax.with_sharding_constraint(leaf, P(self.mapped, *[P.UNCONSTRAINED] * (leaf.ndim - 1)))
+        return jax.tree.map(place, tree)
 
     def _through(self, form: Form, layers: PyTree, both: Any, given: PyTree) -> Any:
         """A stream, taken apart, through the layers of one chunk."""
@@ -376,28 +404,28 @@ class Run:
             enters_slot = jnp.where(is_first, shared["enters_slot"], -1)
 
             def take_in(ring: jax.Array, came: jax.Array, entered: jax.Array) -> jax.Array:
-                return _write(_write(ring, row["arrives"], came), enters_slot, entered[None])
+                return _write(_write(ring, row["arrives"], came), enters_slot, entered[:, None])
 
             inputs = jax.tree.map(take_in, inputs, came, entered)
             x = jax.tree.map(lambda ring: _read(ring, row["forward_slot"]), inputs)
             given = self._vary(self._given(fixed, micro, row["forward"]))
 
             def run(x: Any, given: PyTree) -> Any:
-                return self._through(form, _chunk(parts, row["forward_chunk"]), x, given)
+                layers = _chunk(parts, row["forward_chunk"])
+                return self._each(lambda x, given: self._through(form, layers, x, given))(x, given)
 
             def skip(x: Any, *_: Any) -> Any:
                 return self._vary(jax.tree.map(jnp.zeros_like, x))
 
             with jax.named_scope(WORK["forward"]):
-                y = lax.cond(row["forward"] >= 0, run, skip, x, given)
+                y = self._cut(lax.cond(row["forward"] >= 0, run, skip, x, given))
             is_last = lax.axis_index(self.axis) == p - 1
             with jax.named_scope(WORK["leaves"]):
                 left = lax.cond(shared["leaves"] >= 0, lambda y: self._only(y, is_last), self._nothing, y)
-            lead = lambda tree: jax.tree.map(lambda leaf: leaf[None, None], tree)
-            return inputs, lead(y), jax.tree.map(lambda leaf: leaf[None], left)
+            return inputs, jax.tree.map(lambda leaf: leaf[:, None], y), left
 
-        stage, each = P(self.replicas, self.axis), P(self.replicas)
-        pieces, here = P(None, self.axis), P(None, self.replicas)
+        stage, each = P(self._apart_by, self.axis), P(self._apart_by)
+        pieces, here = P(None, self.axis), P(None, self._apart_by)
         return self._region(forward, (P(self.axis), P(), pieces, P(), here, stage, each, stage), (stage, stage, each))
 
     def _run_backward(self, form: Form) -> Callable[..., Any]:
@@ -415,25 +443,28 @@ class Run:
             leaves_slot = jnp.where(is_last, shared["leaves_slot"], -1)
 
             def take_in(ring: jax.Array, returned: jax.Array, leaving: jax.Array) -> jax.Array:
-                return _write(_write(ring, row["returns"], returned), leaves_slot, leaving[None])
+                return _write(_write(ring, row["returns"], returned), leaves_slot, leaving[:, None])
 
             gradients = jax.tree.map(take_in, gradients, returned, leaving)
             floats, others = jax.tree.map(lambda ring: _read(ring, row["backward_slot"]), inputs)
             gradient = jax.tree.map(lambda ring: _read(ring, row["gradient_slot"]), gradients)
-            sums = jax.tree.map(lambda leaf: leaf[0, :, 0], sums)
+            sums = jax.tree.map(lambda leaf: leaf[:, :, 0], sums)
             given = self._vary(self._given(fixed, micro, row["backward"]))
 
             def run(floats: Any, others: Any, gradient: Any, sums: PyTree, given: PyTree) -> Any:
                 chunk = row["backward_chunk"]
                 layers, held = _chunk(parts, chunk)
 
-                def stage(layers: PyTree, floats: Any) -> Any:
-                    return self._through(form, (layers, held), (floats, others), given)[0]
+                def one(floats: Any, others: Any, gradient: Any, given: PyTree) -> tuple[PyTree, Any]:
+                    def stage(layers: PyTree, floats: Any) -> Any:
+                        return self._through(form, (layers, held), (floats, others), given)[0]
 
-                _, pull = jax.vjp(stage, layers, floats)
-                more, dx = pull(gradient)
+                    _, pull = jax.vjp(stage, layers, floats)
+                    return pull(gradient)
+
+                more, dx = self._each(one)(floats, others, gradient, given)
                 add = lambda total, part: lax.dynamic_update_index_in_dim(
-                    total, _at(total, chunk) + part.astype(total.dtype), chunk, 0
+                    total, _at(total, chunk, 1) + part.astype(total.dtype), chunk, 1
                 )
                 return self._vary(dx), jax.tree.map(add, sums, more)
 
@@ -441,24 +472,18 @@ class Run:
                 return self._vary(jax.tree.map(jnp.zeros_like, floats)), sums
 
             with jax.named_scope(WORK["backward"]):
-                dx, sums = lax.cond(row["backward"] >= 0, run, skip, floats, others, gradient, sums, given)
+                dx, sums = self._cut(lax.cond(row["backward"] >= 0, run, skip, floats, others, gradient, sums, given))
             is_first = lax.axis_index(self.axis) == 0
             with jax.named_scope(WORK["done"]):
                 done = lax.cond(shared["done"] >= 0, lambda dx: self._only(dx, is_first), self._nothing, dx)
-            came, returned = y, jax.tree.map(lambda leaf: leaf[None, None], dx)
+            came, returned = y, jax.tree.map(lambda leaf: leaf[:, None], dx)
             if ring:
                 came = jax.tree.map(lambda leaf: lax.ppermute(leaf, self.axis, ring), came)
                 returned = jax.tree.map(lambda leaf: lax.ppermute(leaf, self.axis, back), returned)
-            return (
-                came,
-                returned,
-                gradients,
-                jax.tree.map(lambda leaf: leaf[None, :, None], sums),
-                jax.tree.map(lambda leaf: leaf[None], done),
-            )
+            return came, returned, gradients, jax.tree.map(lambda leaf: leaf[:, :, None], sums), done
 
-        stage, each = P(self.replicas, self.axis), P(self.replicas)
-        pieces, here, total = P(None, self.axis), P(None, self.replicas), P(self.replicas, None, self.axis)
+        stage, each = P(self._apart_by, self.axis), P(self._apart_by)
+        pieces, here, total = P(None, self.axis), P(None, self._apart_by), P(self._apart_by, None, self.axis)
         return self._region(
             backward,
             (P(self.axis), P(), pieces, P(), here, stage, stage, each, stage, stage, total),
@@ -614,7 +639,7 @@ class Run:
 
         def one(x: jax.Array) -> jax.Array:
             zeros = jnp.zeros(x.shape, x.dtype)
-            return lax.pcast(zeros, self.replicas, to="varying") if self.replicas else zeros
+            return lax.pcast(zeros, self._apart_by, to="varying") if self._apart_by else zeros
 
         return jax.tree.map(one, x)
 
@@ -683,7 +708,7 @@ def _check(schedule: Schedule, mesh: AnyMesh, axis: str, replicas: Axes) -> None
 
 
 def _write(ring: jax.Array, slot: jax.Array, value: jax.Array) -> jax.Array:
-    """`value` into a slot of a ring [1, 1, slots, ...], none if it is -1. What does not change is one slot.
+    """`value` into a slot of a ring [r, 1, slots, ...], none if it is -1. What does not change is one slot.
 
     In the shape in which the ring goes around the loop: of a ring that is given another shape in between XLA makes a
     second one, and copies all of it in each tick.
@@ -694,27 +719,22 @@ def _write(ring: jax.Array, slot: jax.Array, value: jax.Array) -> jax.Array:
 
 
 def _read(ring: jax.Array, slot: jax.Array) -> jax.Array:
-    """What is in a slot of a ring [1, 1, slots, ...]."""
-    return lax.dynamic_slice_in_dim(ring, jnp.maximum(slot, 0), 1, axis=2)[0, 0, 0]
+    """What is in a slot of a ring [r, 1, slots, ...]."""
+    return lax.dynamic_slice_in_dim(ring, jnp.maximum(slot, 0), 1, axis=2)[:, 0, 0]
 
 
-def _at(leaf: jax.Array, index: jax.Array) -> jax.Array:
-    return lax.dynamic_index_in_dim(leaf, jnp.maximum(index, 0), 0, keepdims=False)
+def _at(leaf: jax.Array, index: jax.Array, dim: int = 0) -> jax.Array:
+    return lax.dynamic_index_in_dim(leaf, jnp.maximum(index, 0), dim, keepdims=False)
 
 
 def _of(micro: PyTree, index: jax.Array) -> PyTree:
-    """A microbatch of all replicas."""
+    """A microbatch, of [m, R, b, ...]."""
     return jax.tree.map(lambda leaf: _at(leaf, index), micro)
 
 
 def _chunk(parts: PyTree, chunk: jax.Array) -> PyTree:
     """This stage's layers of a chunk, from [v, 1, n, ...]."""
     return jax.tree.map(lambda leaf: _at(leaf, chunk)[0], parts)
-
-
-def _one(micro: PyTree, index: jax.Array) -> PyTree:
-    """A replica's part of a microbatch, from [m, 1, b, ...]. Outside of a branch, which would be given all of them."""
-    return jax.tree.map(lambda leaf: _at(leaf, index)[0], micro)
 
 
 def _added(total: PyTree, more: PyTree) -> PyTree:

@@ -120,7 +120,7 @@ class Attention(nnx.Module):
         v = self.v(x).reshape(batch, seq, self.cfg.num_kv_heads, -1)
         if self.cfg.positions == "rotary":
             q, k = (rotate(heads, positions, self.cfg.rope_theta) for heads in (q, k))
-        mixed = jp.attention(q, k, v, positions=positions, segments=segments)  # B T N H
+        mixed = jp.attention(q, k, v, positions=positions, segments=segments, window=self.cfg.window)  # B T N H
         return jp.constrain(self.o(mixed.reshape(batch, seq, -1)), "batch", "seq", "embed")
 
 

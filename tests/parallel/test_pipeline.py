@@ -158,9 +158,13 @@ def test_bfloat16_and_the_stacks_own_remat(remat):
         np.testing.assert_allclose(mine, theirs, atol=2**-5 * float(jnp.abs(theirs).max()))
 
 
-def test_gradients_cross_replicas_once_and_streams_the_stages_twice_a_tick():
-    """On data 2 x fsdp 2 x pipe 2: data outside of every loop, fsdp in it (`reduce="microbatch"`)."""
-    plan = plan_on([jp.DP(), jp.FSDP(min_bytes=1024), jp.PP(microbatches=2)], model=small(), data=2, fsdp=2, pipe=2)
+@pytest.mark.parametrize("reduce", ["microbatch", "step"])
+def test_gradients_cross_replicas_once_and_streams_the_stages_twice_a_tick(reduce):
+    """On data 2 x fsdp 2 x pipe 2: data outside of every loop; fsdp in it, or outside too; and layers are gathered
+    where blocks read them: for the forward, again for the backward, and by the remat of each block.
+    """
+    strategies = [jp.DP(), jp.FSDP(min_bytes=1024, reduce=reduce), jp.PP(microbatches=2)]
+    plan = plan_on(strategies, model=small(), data=2, fsdp=2, pipe=2)
     found = collectives(plan.jit(jp.value_and_grad(mean_square)), plan.init(), plan.batch(texts()))
     over_data = [each for each in found if "data" in each.axes]
     assert {each.depth for each in over_data} == {0}
@@ -169,6 +173,11 @@ def test_gradients_cross_replicas_once_and_streams_the_stages_twice_a_tick():
     assert [(each.axes, each.count, each.conditional) for each in permutes] == [(("pipe",), 4, False)] * 2
     over_pipe = [each for each in found if each.kind == "all-gather" and "pipe" in each.axes]
     assert not [each for each in over_pipe if each.shape[-2:] == (16, 16)]  # activations, never a weight
+    of_layers = [each for each in found if each.shape[-2:] == (16, 16)]
+    gathers = [each for each in of_layers if each.kind == "all-gather"]
+    assert [(each.axes, each.count, each.depth) for each in gathers] == [(("fsdp",), 2 * 4, 2)] * 3  # layers x ticks
+    sums = [each for each in of_layers if each.kind == "reduce-scatter"]
+    assert [(each.axes, each.depth) for each in sums] == [(("fsdp",), 2 if reduce == "microbatch" else 0)]
 
 
 # ---- what is refused

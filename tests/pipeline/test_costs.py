@@ -40,7 +40,7 @@ def devices(platform, number):
         return np.array(jax.devices()[:number])
     from jax.experimental import topologies
 
-    return np.array(topologies.get_topology_desc(topology_name="v5e:2x2", platform="tpu").devices)[:number]
+    return np.array(topologies.get_topology_desc(topology_name="v5p:2x2x1", platform="tpu").devices)[:number]
 
 
 def lowered(schedule, on, *, rows, seq, width, dtype=jnp.float32, replicas=()):
@@ -66,29 +66,27 @@ def mesh(platform="cpu", **axes):
     )
 
 
-ONE_MORE = pytest.mark.xfail(
-    jax.__version_info__ >= (0, 11), reason="libtpu 0.0.50 keeps one activation more from 2 p on: 239 MB for 222 MB"
-)
-
-
-@pytest.mark.parametrize("platform", ["cpu", pytest.param("tpu", marks=[pytest.mark.libtpu, ONE_MORE])])
+@pytest.mark.parametrize("platform", ["cpu", pytest.param("tpu", marks=pytest.mark.libtpu)])
 def test_memory_of_1f1b_does_not_grow_with_microbatches(platform):
-    """From p to 16 p of them, within 5%, where GPipe's grows by what it holds: an input and a gradient of each."""
-    # Activations are large beside parameters, and beside the on-chip memory that XLA:TPU's peak also counts.
-    sizes = {"rows": 4, "seq": 32, "width": 64} if platform == "cpu" else {"rows": 8, "seq": 4096, "width": 256}
+    """From p to 16 p of them, within 5%, where GPipe holds an input and a gradient of each one more.
+
+    On TPU an activation is larger than the on-chip memory, which XLA:TPU's peak also counts. Of smaller ones that peak
+    says what the compiler keeps where: with 17 MB on v5e, 222 MB of 1F1B and 239 MB of GPipe with p microbatches, which
+    have the same rings (libtpu 0.0.50; with 0.0.42 both 206 MB). With these both have 2,022 MB, with either.
+    """
+    sizes = {"rows": 4, "seq": 32, "width": 64} if platform == "cpu" else {"rows": 16, "seq": 16384, "width": 256}
     dtype = jnp.float32 if platform == "cpu" else jnp.bfloat16
     activation = sizes["rows"] * sizes["seq"] * sizes["width"] * jnp.dtype(dtype).itemsize
+    few, many = STAGES, 16 * STAGES
     held = {}
-    for name, m in (("1f1b", STAGES), ("1f1b", 16 * STAGES), ("gpipe", STAGES), ("gpipe", 16 * STAGES)):
+    for name, m in (("1f1b", few), ("1f1b", many), ("gpipe", many)):
         schedule = jp.schedule(name, stages=STAGES, microbatches=m)
         compiled = lowered(schedule, mesh(platform, pipe=STAGES), **sizes, dtype=dtype).compile()
         stats = compiled.memory_analysis()
         held[name, m] = stats.temp_size_in_bytes if platform == "cpu" else stats.peak_memory_in_bytes
-    few, many = STAGES, 16 * STAGES
     assert held["1f1b", many] < 1.05 * held["1f1b", few]
-    assert held["gpipe", few] < 1.05 * held["1f1b", few]  # with few microbatches it costs nothing not to have 1F1B
-    grown = held["gpipe", many] - held["gpipe", few]
-    assert grown == pytest.approx(2 * (many - few) * activation, rel=0.1)  # each ring is there once, not twice
+    grown = held["gpipe", many] - held["1f1b", few]  # with few, the rings of both are equally large: see below
+    assert grown == pytest.approx(2 * (many - few) * activation, rel=0.01)  # each ring is there once, not twice
 
 
 def test_rings_of_1f1b_have_their_room_from_the_start():
@@ -99,6 +97,9 @@ def test_rings_of_1f1b_have_their_room_from_the_start():
     own = jp.Schedule(jp.schedule("1f1b", stages=4, microbatches=4).cells, "mine")
     assert own.room == own.buffers.inputs.size == 4
     assert jp.schedule("gpipe", stages=4, microbatches=64).room == 64
+    # With few microbatches it costs nothing not to have 1F1B: there are as many slots, of inputs and gradients.
+    few = (jp.schedule(name, stages=4, microbatches=4) for name in ("1f1b", "gpipe"))
+    assert [(each.room, each.buffers.gradients.size) for each in few] == [(7, 1), (4, 4)]
 
 
 def products(compiled):
