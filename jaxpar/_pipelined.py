@@ -145,7 +145,7 @@ def _mapped(loss: LossOf, params: dict[str, Any], micro: PyTree, region: Region,
     axes = tuple(reversed(list(itertools.takewhile(cut.__contains__, reversed(region.plan.replicas)))))
     if not axes:
         return ()
-    # Under the `vmap` of other forms a device has one replica, for which `_grouped` has its rule; here it may have more.
+    # In other forms a device has one replica, for which `_grouped` has its rule; here it may have more.
     names = _traits.UNMAPPABLE | {"custom_vmap_call": "ragged_dot"}
     with _context.entered(None):
         found = names.get(_traits.find(jax.make_jaxpr(loss)(params, micro).jaxpr, names) or "")
