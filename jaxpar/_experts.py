@@ -124,6 +124,11 @@ def experts(
     kernel = ft.partial(_on_device, activation=activation, dispatch=dispatch, by_expert=routing.by_expert)
     if region is None:
         return kernel(x, routing.chosen, routing.weights, matrices, at=_At())
+    if region.plan.context is not None and region.plan.context.axis in region.replicas:
+        raise ShardingError(
+            "experts: loads and slots are of whole sequences, and CP(reduce='step') shows a model the tokens of one "
+            "device. Use CP(reduce='microbatch')."
+        )
     batch, seq, hidden = layout(region, "experts", ("batch", "seq", "mlp"), (*x.shape[:2], up.shape[2]))
     (expert,) = layout(region, "experts", ("expert",), up.shape[:1])
     if seq and (isinstance(dispatch, Capacity) or routing.by_expert):

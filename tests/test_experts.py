@@ -311,6 +311,14 @@ def test_routings_that_make_no_sense_are_errors():
         jp.Dropless(buffer=0.5)
 
 
+def test_a_router_sees_whole_sequences():
+    """Its losses are means over a sequence, and of a part they are other numbers."""
+    plan = jp.plan(params, programs.mesh(context=2), [jp.CP(balance="none", reduce="step")], dims=DIMS)
+    grad = jp.value_and_grad(ft.partial(loss, dispatch=FITS["dropless"]), has_aux=True, accumulate=2)
+    with pytest.raises(ShardingError, match=r"route: loads and losses of a router are means over a sequence, but with"):
+        plan.jit(grad).lower(plan.abstract(), plan.batch(BATCH))
+
+
 def test_slots_need_whole_sequences():
     plan = jp.plan(params, programs.mesh(tensor=8), [jp.TP(), jp.EP()], dims=DIMS)
     split = dataclasses.replace(plan, dims={**plan.dims, "seq": ("tensor",), "mlp": ()})

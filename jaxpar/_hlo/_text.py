@@ -333,14 +333,15 @@ def _frames(tables: dict[str, list[str]]) -> dict[int, tuple[tuple[str, int], ..
     rows = {int(row.split()[0]): dict(_FIELD.findall(row)) for row in tables.get("StackFrames", [])}
     found: dict[int, tuple[tuple[str, int], ...]] = {}
     for frame in rows:
-        chain: list[tuple[str, int]] = []
-        at, seen = frame, set()
-        while at in rows and at not in seen:
-            seen.add(at)
+        below: dict[int, tuple[str, int]] = {}  # what leads to a frame whose chain is known, or to none
+        at = frame
+        while at in rows and at not in found and at not in below:
             place = places.get(int(rows[at].get("file_location_id", 0)), {})
-            chain.append((files.get(int(place.get("file_name_id", 0)), ""), int(place.get("line", 0))))
+            below[at] = (files.get(int(place.get("file_name_id", 0)), ""), int(place.get("line", 0)))
             at = int(rows[at].get("parent_frame_id", 1)) - 1
-        found[frame] = tuple(chain)
+        chain = found.get(at, ())
+        for each, here in reversed(below.items()):
+            chain = found[each] = (here, *chain)
     return found
 
 

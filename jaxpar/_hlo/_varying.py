@@ -45,6 +45,7 @@ class Varying:
         self.crossed = {name: bits_of(mesh, axes) for name, axes in crossed.items()}
         self.everywhere = bits_of(mesh, mesh.names)
         self.known: dict[tuple[str, str], _Bits] = {}
+        self._given: dict[str, list[_Bits]] = {}
         self._open: set[str] = set()  # computations that are being gone through: a damaged text may call itself
         self._numbers: dict[tuple[str, str], int] = {}
         if program.entry:
@@ -67,10 +68,13 @@ class Varying:
         computation = self.program.computations.get(name)
         if computation is None or name in self._open:
             return self.everywhere | _flat(list(given))
-        self._open.add(name)
-        for op in computation.ops.values():
-            self.known[name, op.name] = self._of(op, given)
-        self._open.remove(name)
+        given = list(given)
+        if self._given.get(name) != given:  # the rounds of a loop around give most insides what they had
+            self._open.add(name)
+            for op in computation.ops.values():
+                self.known[name, op.name] = self._of(op, given)
+            self._open.remove(name)
+            self._given[name] = given
         return self.known.get((name, computation.root), self.everywhere)
 
     def _of(self, op: Op, given: Sequence[_Bits]) -> _Bits:

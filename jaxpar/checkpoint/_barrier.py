@@ -29,7 +29,7 @@ _count = itertools.count()
 
 
 class Barrier:
-    """Made once a save or restore, by all processes; then called by all of them with the same words, one after another."""
+    """Made once a save or restore by all processes; then called by all with the same words, one after another."""
 
     def __init__(self, seconds: float | None = None) -> None:
         self._seconds = SECONDS if seconds is None else seconds

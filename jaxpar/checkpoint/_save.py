@@ -237,16 +237,16 @@ def seal(
         barrier: As `begin` gives it.
         known: Sums of files that were hashed before, by `_sums.Ahead`.
     """
-    _sums.flush(path / name for name in own)
     sums = _sums.of_files(path, own, known=known)
+    flushed = {path / name for name in own}
     if not _processes.is_first():
-        _sums.write(path, sums, part=jax.process_index())
+        _sums.flush(flushed | {_sums.write(path, sums, part=jax.process_index())})
     barrier("hashed")
     if _processes.is_first():
         for index in range(1, jax.process_count()):
             sums |= _sums.take(path, part=index)
-        _sums.write(path, sums)
-        _sums.flush({path, *((path / name).parent for name in sums)})
+        flushed |= {_sums.write(path, sums), path, *((path / name).parent for name in sums)}
+        _sums.flush(flushed)
         path.rename(target)
         _sums.flush([target.parent])
     barrier("committed")

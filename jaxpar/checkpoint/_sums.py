@@ -17,17 +17,16 @@ from typing import TypeVar
 T = TypeVar("T")
 
 NAME = "SHA256SUMS"
-POLL_SECONDS = 0.02
+POLL_SECONDS = 0.05
 MAX_THREADS = 8  # one hashes about 1.5 GB/s; hashlib lets go of the interpreter's lock
 MAX_FLUSHES = 16  # at once: what is flushed one after another has the file system write its journal each time
 
 
-def write(path: pathlib.Path, sums: Mapping[str, str], *, part: int = 0) -> None:
-    """Write the file into the checkpoint at `path`, down to the disk; or `part`, the share of that process."""
-    with (path / _name(part)).open("w", encoding="utf-8") as file:
-        file.writelines(_line(name, sums[name]) for name in sorted(sums))
-        file.flush()
-        os.fsync(file.fileno())
+def write(path: pathlib.Path, sums: Mapping[str, str], *, part: int = 0) -> pathlib.Path:
+    """Write the file into the checkpoint at `path`, or `part`, the share of that process; returns where it is."""
+    file = path / _name(part)
+    file.write_text("".join(_line(name, sums[name]) for name in sorted(sums)), encoding="utf-8")
+    return file
 
 
 def take(path: pathlib.Path, *, part: int) -> dict[str, str]:

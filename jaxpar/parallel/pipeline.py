@@ -122,6 +122,11 @@ class PP(Strategy):
                 "every device of the mesh, and the stages of a pipeline are not all at it at once. Use "
                 "CP(method='allgather') or 'ulysses', whose groups lie within a stage."
             )
+        if draft.context is not None and draft.context.reduce == "step":
+            draft.problems.append(
+                f"{self.label} beside CP(reduce='step'): a stage sums the gradients of its weights over "
+                f"{draft.context.axis!r} in each microbatch. Use CP(reduce='microbatch')."
+            )
         leaves = next(iter(stacks.values()))
         each = leaves[0].shape[leaves[0].layers - 1] // stages
         of = f"each of {self.num_chunks} chunks" if self.num_chunks > 1 else "the layers"

@@ -55,7 +55,6 @@ class Bert(nnx.Module):
         """
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-        segments = jnp.zeros_like(positions) if segments is None else segments
         types = jnp.zeros_like(positions) if types is None else types
         x = jp.embed(self.embed.embedding[...], tokens) + jnp.take(self.positions[...], positions, axis=0)
         x = self.embed_norm(x + jnp.take(self.types[...], types, axis=0))

@@ -218,7 +218,7 @@ def flip_a_bit(step):
 
 
 @pytest.mark.chaos
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1800)
 def test_four_processes_become_three_and_four_again(child_env, tmp_path):
     """One is killed for good: the run goes on with three, whose devices do not divide the batch, and grows again."""
     options = {"steps": 60, "every": 4, "dropout": False, "pause": 0.1, "mesh": {"data": -1}}
@@ -227,13 +227,13 @@ def test_four_processes_become_three_and_four_again(child_env, tmp_path):
     elastic = ["--elastic", "2:4", "--regrow", "4s"]
     process = launcher(directory, child_env, num=4, faults={"1": ["for good", 3, 6]}, options=elastic, **options)
     try:
-        until = time.monotonic() + 200
+        until = time.monotonic() + 800
         while not texts(directory, "lost"):
             assert process.poll() is None, said(directory).read_text()
             assert time.monotonic() < until
             time.sleep(0.1)
         (directory / "broken_3").unlink()  # it is mended: the launcher finds that out by itself
-        process.wait(timeout=200)
+        process.wait(timeout=800)
     finally:
         end(process)
     assert process.returncode == 0, said(directory).read_text()[-3000:]
@@ -248,7 +248,7 @@ def test_four_processes_become_three_and_four_again(child_env, tmp_path):
 
 
 @pytest.mark.chaos
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1800)
 def test_onto_other_meshes_and_back(child_env, tmp_path):
     """8 devices of one process, 4, 2 processes of 4, 1, 2 and 4 stages, 8 again: one loss curve."""
     eight = {"data": 2, "fsdp": 2, "tensor": 2}
@@ -274,7 +274,7 @@ def check_losses(directory, reference):
 
 
 @pytest.mark.chaos
-@pytest.mark.timeout(1800)
+@pytest.mark.timeout(7200)
 @pytest.mark.parametrize("loop", ["run", "fit"])
 def test_random_kills(loop, child_env, tmp_path):
     """`make chaos`: kill -9 of a random process, at random instants, every third inside a save."""
@@ -300,16 +300,16 @@ def test_random_kills(loop, child_env, tmp_path):
             until = time.monotonic() + 60
             while os.path.exists(f"/proc/{victim}") and time.monotonic() < until:  # noqa: PTH110
                 time.sleep(0.01)
-        process.wait(timeout=900)
+        process.wait(timeout=3600)
     finally:
         end(process)
     assert process.returncode == 0, said(directory).read_text()[-3000:]
     check_survived(directory, tmp_path / "straight", steps)
-    found = status(directory)
+    found, leaves = status(directory), checkpoint._about.read(directory / "checkpoints" / str(steps)).leaves
     print(
         f"\n{loop}, seed {seed}: {done} kills ({inside} inside a save) in {time.monotonic() - began - straight:.0f} s, "
-        f"{found.starts} starts in the loop, {found.again} of {steps} steps done again; bitwise equal, no sample "
-        "skipped or repeated."
+        f"{found.starts} starts in the loop, {found.again} of {steps} steps done again; all {len(leaves)} leaves "
+        f"bitwise equal, all {steps * BATCH} ids as without kills, no checkpoint half-visible."
     )
     assert done == kills
 

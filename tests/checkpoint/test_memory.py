@@ -5,7 +5,7 @@ import pytest
 from tests._peers import peers
 
 SHARD = 64  # MiB of each process
-CONSTANT = 64  # MiB beside it, at most: `_blocks.READ_BYTES` and two pieces of an array, and as much again
+CONSTANT = 64  # MiB beside it, at most: `_blocks.READ_BYTES`, an array on its way, what malloc keeps; twice that
 
 PEER = """
     import ctypes, pathlib, re, sys

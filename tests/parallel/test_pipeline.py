@@ -160,8 +160,9 @@ def test_bfloat16_and_the_stacks_own_remat(remat):
 
 @pytest.mark.parametrize("reduce", ["microbatch", "step"])
 def test_gradients_cross_replicas_once_and_streams_the_stages_twice_a_tick(reduce):
-    """On data 2 x fsdp 2 x pipe 2: data outside of every loop; fsdp in it, or outside too; and layers are gathered
-    where blocks read them: for the forward, again for the backward, and by the remat of each block.
+    """On data 2 x fsdp 2 x pipe 2: data outside of every loop; fsdp in it, or outside too.
+
+    Layers are gathered where blocks read them: for the forward, again for the backward, and by the remat of each block.
     """
     strategies = [jp.DP(), jp.FSDP(min_bytes=1024, reduce=reduce), jp.PP(microbatches=2)]
     plan = plan_on(strategies, model=small(), data=2, fsdp=2, pipe=2)
@@ -255,6 +256,11 @@ REFUSED = {
     "inside": ([PP], given("inside"), "inside of a transformation"),
     "never": ([PP], given("never"), "does not call the model's stack"),
     "stages": ([FOUR], STAGES, "has 4 stages, but axis 'pipe' has size 2"),
+    "sequences once": (
+        [jp.CP(balance="none", reduce="step"), PP],
+        {"context": 2, **STAGES},
+        "PP beside CP(reduce='step'): a stage sums the gradients",
+    ),
     "ring": ([jp.CP(method="ring"), PP], {"context": 2, **STAGES}, "PP beside CP(method='ring'): its keys go round by"),
     "no strategy": ([jp.DP()], {"data": 2, **STAGES}, "Add PP(microbatches=...) to the strategies"),
 }

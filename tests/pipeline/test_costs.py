@@ -86,7 +86,7 @@ def test_memory_of_1f1b_does_not_grow_with_microbatches(platform):
         held[name, m] = stats.temp_size_in_bytes if platform == "cpu" else stats.peak_memory_in_bytes
     assert held["1f1b", many] < 1.05 * held["1f1b", few]
     grown = held["gpipe", many] - held["1f1b", few]  # with few, the rings of both are equally large: see below
-    assert grown == pytest.approx(2 * (many - few) * activation, rel=0.01)  # each ring is there once, not twice
+    assert grown == pytest.approx(2 * (many - few) * activation, rel=0.02)  # each ring is there once, not twice
 
 
 def test_rings_of_1f1b_have_their_room_from_the_start():
