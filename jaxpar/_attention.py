@@ -16,15 +16,18 @@ from typing import Any, get_args
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
 from . import _context, _kernels
 from ._blockwise import Marks
 from ._constrain import constrain, layout
 from ._errors import ShardingError
+from ._manual import manual
+from ._plan_text import bytes_text
 from ._planned import Traced
 from ._ring import across, grouped
-from ._sequence import SCOPE, ContextSplit
+from ._sequence import PLACED, SCOPE, ContextSplit, meetings
 from ._types import Axes
 
 _Q, _KV = ("batch", "seq", "heads", None), ("batch", "seq", "kv", None)
@@ -59,8 +62,7 @@ def attention(
         causal: Whether a token sees only its own position and those before.
         window: How many positions it sees, its own included; without `causal` as many after it too.
         scale: Of the scores; by default 1 / sqrt(H).
-        kernel: What computes it. By default `"xla"` for whole sequences, and where the plan splits them the best that
-            can on this platform:
+        kernel: What computes it. By default the best that can on this platform:
             `"blockwise"`, plain JAX, anywhere; skips blocks in which nothing is seen. Differentiable once, in reverse.
             `"splash"`, Pallas on TPU, and `"cudnn"` on GPU: for positions that go up by one within each segment, and
             segments that go up; where that is not so, the result is NaN. cuDNN knows no segments.
@@ -89,16 +91,24 @@ def attention(
         name=kernel,
     )
     split = None if region is None else region.plan.context
+    if positions is not None and split is not None and split.zigzag:
+        positions = checkpoint_name(positions, PLACED)
+    # Where gradients of parts of a sequence are kept apart, a model sees one part, and attention all.
+    length = q.shape[1] * (
+        split.size if split is not None and region is not None and split.axis in region.replicas else 1
+    )
     chosen = _kernels.choose(
         asked,
-        q,
+        jax.ShapeDtypeStruct((q.shape[0], length, *q.shape[2:]), q.dtype),
         mesh=None if region is None else region.plan.mesh,
         split=split,
         inside=region is not None and region.manual,
     )
-    if isinstance(region, Traced) and chosen.words not in region.attends:
-        region.attends.add(chosen.words)
-        region.notes.append(chosen.words)
+    if isinstance(region, Traced):
+        words = chosen.words if split is None else f"{chosen.words}; {_moved(q, k, split, region)}"
+        if words not in region.attends:
+            region.attends.add(words)
+            region.notes.append(words)
     if region is None:
         return _on_one(q, k, v, positions, segments, chosen)
     # What can be skipped is known by position: a device must ask that of its own rows alone.
@@ -106,7 +116,20 @@ def attention(
     if split is None and (region.manual or not (asks or chosen.name == "splash")):
         by_row = positions is not None and bool(region.crossed or region.manual)
         return _on_one(q, k, v, positions, segments, dataclasses.replace(chosen, skips=not by_row))
-    return _on_many(q, k, v, positions, segments, chosen, region)
+    return _on_many(q, k, v, positions, segments, chosen, region, length)
+
+
+def _moved(q: jax.Array, k: jax.Array, split: ContextSplit, region: _context.Region) -> str:
+    """What one call moves over the axis that splits sequences, for the notes of a step."""
+    numbers = []  # of one device
+    for x, dims in ((q, _Q), (k, _KV)):
+        axes = [axis for each in layout(region, "attention", dims, x.shape) for axis in each]
+        numbers.append(x.size // math.prod(region.mesh.shape[axis] for axis in axes))
+    told = []
+    for meeting in meetings(split):
+        size = numbers[0 if meeting.of_queries else 1] * meeting.bytes_of(k.dtype.itemsize)
+        told.append(f"{meeting.kind} of {meeting.what}, {bytes_text(size)} x{meeting.times}")
+    return f"over {split.axis} a call sends " + "; ".join(told)
 
 
 def _on_one(
@@ -136,6 +159,7 @@ def _on_many(
     segments: jax.Array | None,
     chosen: _kernels.Chosen,
     region: _context.Region,
+    length: int,
 ) -> jax.Array:
     """Attention in a manual region: over sequences that are split, or by a kernel that XLA cannot split by itself."""
     split: ContextSplit | None = region.plan.context
@@ -156,7 +180,7 @@ def _on_many(
     given: dict[str, Any] = {name: x for name, x in (("at", positions), ("of", segments)) if x is not None}
     specs: dict[str, Any] = dict.fromkeys(given, P(batch, seq))
     if chosen.name == "splash" and split is not None and split.method == "allgather":
-        given["masks"] = _kernels.splash_masks(chosen.asked, local_heads, split.order(q.shape[1]), shards=split.size)
+        given["masks"] = _kernels.splash_masks(chosen.asked, local_heads, split.order(length), shards=split.size)
         specs["masks"] = _kernels.splash_spec(given["masks"], region.mesh, split.axis)
     body = ft.partial(
         _device,
@@ -165,9 +189,9 @@ def _on_many(
         heads=heads if shared != heads else (),
         group=q.shape[2] // k.shape[2],
     )
-    kernel = jax.shard_map(
+    kernel = manual(
+        region,
         body,
-        mesh=region.mesh,
         in_specs=(P(batch, seq, heads), P(batch, seq, shared), P(batch, seq, shared), specs),
         out_specs=P(batch, seq, heads),
         # With the check, `vmap` over replicas fails where a loop or a branch mixes what has the replica dim and what

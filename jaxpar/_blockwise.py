@@ -34,7 +34,7 @@ class Marks(NamedTuple):
 
 
 class Part(NamedTuple):
-    """Attention over some keys: `out` [B, Q, K, G, H], and the log-sum-exp of each row of scores, [B, K, G, Q]."""
+    """Attention over some keys: `out` [B, K, G, Q, H], and the log-sum-exp of each row of scores, [B, K, G, Q]."""
 
     out: jax.Array
     log_sum: jax.Array
@@ -97,12 +97,12 @@ def blockwise(heads: Heads, queries: Marks, keys: Marks, setting: Setting) -> ja
 
     Memory: a block of scores [B, K, G, block, block] in float32, beside arguments, result and gradients.
     """
-    return forward(heads, queries, keys, setting).out.astype(heads.q.dtype)
+    return _blockwise_forward(heads, queries, keys, setting)[0]
 
 
 def _blockwise_forward(heads: Heads, queries: Marks, keys: Marks, setting: Setting) -> Any:
     part = forward(heads, queries, keys, setting)
-    out = part.out.astype(heads.q.dtype)
+    out = jnp.moveaxis(part.out, 3, 1).astype(heads.q.dtype)
     return out, (heads, queries, keys, out, part.log_sum)
 
 
@@ -142,7 +142,7 @@ def as_types(grads: Heads, heads: Heads) -> Heads:
 def merge(one: Part, other: Part) -> Part:
     """Attention over the keys of both parts."""
     log_sum = jnp.logaddexp(one.log_sum, other.log_sum)
-    mine, theirs = (jnp.moveaxis(jnp.exp(part.log_sum - log_sum), 3, 1)[..., None] for part in (one, other))
+    mine, theirs = (jnp.exp(part.log_sum - log_sum)[..., None] for part in (one, other))
     return Part(one.out * mine + other.out * theirs, log_sum)
 
 
@@ -174,11 +174,10 @@ def forward(heads: Heads, queries: Marks, keys: Marks, setting: Setting) -> Part
         start = _varying_like(start, q)
         (peak, total, out), _ = _scan(each_key, start, blocks.keys)
         safe = jnp.where(total == 0, 1, total)
-        out = jnp.moveaxis(out / safe[..., None], 3, 1)
-        return None, Part(out, jnp.where(total == 0, LOWEST, peak + jnp.log(safe)))
+        return None, Part(out / safe[..., None], jnp.where(total == 0, LOWEST, peak + jnp.log(safe)))
 
     _, parts = _scan(each_query, None, blocks.queries)
-    return Part(_joined(parts.out, count, 1), _joined(parts.log_sum, count, 3))
+    return Part(_joined(parts.out, count, 3), _joined(parts.log_sum, count, 3))
 
 
 def backward(heads: Heads, queries: Marks, keys: Marks, pulled: Pulled, setting: Setting) -> Heads:

@@ -31,6 +31,7 @@ from ._errors import StepError
 from ._pipelined import Pipelined, pipelined
 from ._planned import Traced, gather_others, gathered_by, plan_read, unplan
 from ._reduce import reduce_once
+from ._sequence import ContextSplit
 from ._types import Axes, PyTree
 from .parallel import DP, PP
 
@@ -365,8 +366,9 @@ def _form(job: _Job, batch: PyTree, region: Region | None, separable: bool) -> _
     strategy = plan.strategy(DP)
     hook = strategy is not None and (strategy.reduce is not None or strategy.reduce_dtype is not None)
     mixed = plan.precision.reduce is not None and plan.precision.reduce != plan.precision.compute
-    replicas = plan.replicas
-    wanted = bool(replicas) and (job.accumulate > 1 or hook or mixed)
+    replicas, split = plan.replicas, plan.context
+    apart = split is not None and split.reduce == "step" and job.accumulate > 1
+    wanted = bool(replicas or apart) and (job.accumulate > 1 or hook or mixed)
     if not wanted:
         if job.accumulate == 1:
             return _Form("direct", (), "")
@@ -376,6 +378,9 @@ def _form(job: _Job, batch: PyTree, region: Region | None, separable: bool) -> _
     why_not = _not_a_sum(separable, traits)
     if why_not:
         return _refuse_hook(hook, job, why_not)
+    if split is not None and apart:
+        _check_by_token(job, batch, traits, split)
+        replicas = (*replicas, split.axis)
     if not replicas:
         return _Form("sharded", (), f"one reduce-scatter a microbatch over {'+'.join(plan.shards) or 'no axis'}")
     if traits.unmappable is None:
@@ -398,6 +403,31 @@ def _not_a_sum(separable: bool, traits: _traits.Traits) -> str:
     if traits.repeats_random:
         return "it draws random numbers that do not depend on the sample (jp.dropout with ids does)"
     return ""
+
+
+def _check_by_token(job: _Job, batch: PyTree, traits: _traits.Traits, split: ContextSplit) -> None:
+    """Raise `StepError` for a loss that is seen not to treat tokens one by one."""
+    why = ""
+    if traits.draws:
+        why = "it draws random numbers, which are then those of a part of a sequence"
+    elif job.weight is None and _gives_mean(job, batch):
+        why = "it returns a scalar, and nobody knows of how many tokens that is the mean: return (sum, weight)"
+    elif traits.unmappable is not None:
+        why = f"{traits.unmappable} cannot be mapped over them"
+    if why:
+        raise StepError(
+            f"CP(reduce='step') runs the loss on the tokens of each device of {split.axis!r} apart, but {why}. Change "
+            "that, or use CP(reduce='microbatch')."
+        )
+
+
+def _gives_mean(job: _Job, batch: PyTree) -> bool:
+    """Whether the loss returns a scalar, and no sum with its weight."""
+
+    def weight(batch: PyTree) -> Any:
+        return job.run(job.subject.params, job.subject.state, batch)[1]
+
+    return jax.eval_shape(weight, _microbatch(batch, job.accumulate)) is None
 
 
 def fits_microbatches(plan: Any, batch: PyTree) -> bool:
@@ -731,24 +761,38 @@ def _interleaved(batch: PyTree, job: _Job, replicas: Axes, region: Region) -> Py
     inner = [index for index, axis in enumerate(axes) if axis not in replicas]
     count = math.prod(sizes[index] for index in outer)
     own = rows // parts // job.accumulate
+    cut = plan.context if plan.context is not None and plan.context.axis in replicas else None
 
-    def one(leaf: jax.Array) -> jax.Array:
+    def one(path: str, leaf: jax.Array) -> jax.Array:
         if not jnp.ndim(leaf):
             return leaf
-        tail = tuple(range(len(sizes) + 2, len(sizes) + 1 + leaf.ndim))
         split = leaf.reshape(*sizes, job.accumulate, own, *leaf.shape[1:])
-        order = (len(sizes), *outer, *inner, len(sizes) + 1, *tail)
-        split = split.transpose(order)
-        lead = (job.accumulate, count) if replicas else (job.accumulate,)
-        split = split.reshape(*lead, rows // job.accumulate // count, *leaf.shape[1:])
-        entries = [(), tuple(axes[index] for index in outer)] if replicas else [()]
+        if cut is not None:
+            split = _cut_tokens(split, len(sizes) + 2, cut if cut.splits(path, leaf.shape) else None, cut.size)
+        tail = tuple(range(len(sizes) + 2, split.ndim - (cut is not None)))
+        chunk = () if cut is None else (split.ndim - 1,)
+        split = split.transpose((len(sizes), *outer, *chunk, *inner, len(sizes) + 1, *tail))
+        shape = split.shape[split.ndim - len(tail) :]
+        replicated = count * (1 if cut is None else cut.size)
+        lead = (job.accumulate, replicated) if replicas else (job.accumulate,)
+        split = split.reshape(*lead, rows // job.accumulate // count, *shape)
+        outermost = (*(axes[index] for index in outer), *([] if cut is None else [cut.axis]))
+        entries = [(), outermost] if replicas else [()]
         spec = as_spec([*entries, tuple(axes[index] for index in inner)])
-        if plan.context is not None and leaf.ndim > 1:
+        if plan.context is not None and cut is None and leaf.ndim > 1:
             padded = [*spec, *[None] * (split.ndim - leaf.ndim + 1 - len(spec))]
             spec = PartitionSpec(*padded, *_tokens_free(plan, leaf))
         return jax.lax.with_sharding_constraint(split, jax.sharding.NamedSharding(plan.mesh, spec))
 
-    return jax.tree.map(one, batch)
+    return jax.tree_util.tree_map_with_path(lambda keys, leaf: one(_tree.path_of(keys), leaf), batch)
+
+
+def _cut_tokens(x: jax.Array, dim: int, split: ContextSplit | None, number: int) -> jax.Array:
+    """`x` with a last dim of `number` parts of its sequence, which is `dim`; without one, it is in each part whole."""
+    if split is None:
+        return jnp.broadcast_to(x[..., None], (*x.shape, number))
+    parts = x.reshape(*x.shape[:dim], number, x.shape[dim] // number, *x.shape[dim + 1 :])
+    return jnp.moveaxis(parts, dim, -1)
 
 
 def _tokens_free(plan: Any, leaf: jax.Array) -> list[Any]:

@@ -9,13 +9,15 @@ Splash and cuDNN know the order of an array, not positions. For these, positions
 is NaN unless they go up by one within each segment.
 """
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from ._blockwise import BLOCK, Heads, Marks, Setting, blockwise
 from ._errors import ShardingError
@@ -33,6 +35,9 @@ SOME = 1024
 AnyArray = jax.Array | jax.ShapeDtypeStruct
 
 _LANES = 128
+_ONE_PASS = (None, "default", "fastest", "bfloat16")  # any other, Mosaic refuses to compile for narrow operands
+
+_platform = jax.make_user_context(None)  # not a ContextVar: see `_context`
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -91,9 +96,14 @@ class Chosen:
         if self.name == "xla":
             return self._xla(heads, queries, keys)
         out = self._splash(heads, queries, keys, masks) if self.name == "splash" else self._cudnn(heads)
+        return self.checked(out, keys)
+
+    def checked(self, out: jax.Array, keys: Marks) -> jax.Array:
+        """`out` [B, ...] of a kernel that knows places alone: NaN where the positions of all keys, in order, differ."""
         if not self.asked.positions:
             return out
-        return jnp.where(_in_order(keys)[:, None, None, None, None], out, jnp.array(jnp.nan, out.dtype))
+        right = _in_order(keys).reshape(-1, *[1] * (out.ndim - 1))
+        return jnp.where(right, out, jnp.array(jnp.nan, out.dtype))
 
     def whole(self, q: jax.Array, k: jax.Array, v: jax.Array, marks: Marks) -> jax.Array:
         """XLA's attention of q [B, T, N, H] over k and v [B, T, K, H], `SOME` queries at a time: [B, T, N, H].
@@ -161,25 +171,37 @@ def choose(asked: Asked, q: AnyArray, *, mesh: Any, split: ContextSplit | None, 
     platform = _platform_of(mesh)
     whole = split is None and (q.shape[1] <= SOME or q.shape[1] % SOME == 0)
     plain: Name = "xla" if whole else "blockwise"
-    wanted = asked.name or (plain if split is None else _OWN.get(platform, plain))
-    why_not = _why_not(wanted, asked, q, platform, mesh, split)
-    if wanted == "splash" and inside and not why_not:
-        why_not = "XLA cannot split it by itself, and a stage of a pipeline is a manual region already"
+    wanted = asked.name or _OWN.get(platform, plain)
+    why_not = _why_not(wanted, asked, q, platform, split)
+    if inside and not why_not and (wanted == "splash" or (wanted == "cudnn" and split is not None)):
+        why_not = "it is a kernel, a stage of a pipeline is a manual region, and one in another needs types it lacks"
     if why_not and asked.name is not None:
         raise ShardingError(f"attention: kernel={wanted!r} cannot compute this: {why_not}. Leave kernel= out.")
     name = plain if why_not else wanted
-    how = "" if split is None else f"{split.method} over {split.axis}={split.size}, "
-    return Chosen(
-        asked=asked,
-        name=name,
-        words=f"attention: {how}{name} on {platform}" + (f", not {wanted}: {why_not}" if why_not else ""),
-    )
+    words = f"{name} on {platform}"
+    if split is not None:
+        words = f"{split.method} over {split.axis}={split.size}, {words}"
+    if why_not:
+        words += f", not {wanted}: {why_not}"
+    elif name in _OWN.values() and asked.positions:
+        words += "; NaN where positions do not go up by one in a segment: kernel='xla' or 'blockwise' takes any"
+    return Chosen(asked=asked, name=name, words=f"attention: {words}")
 
 
-def splash_masks(asked: Asked, num_heads: int, order: np.ndarray, *, shards: int = 1, interpret: bool = False) -> Any:
+def splash_masks(
+    asked: Asked,
+    num_heads: int,
+    order: np.ndarray,
+    *,
+    num_keys: int | None = None,
+    shards: int = 1,
+    save_residuals: bool = False,
+    interpret: bool = False,
+) -> Any:
     """Splash attention for `num_heads` heads and queries in `order`, keys in theirs: a pytree to call.
 
-    With `shards` it is for that many devices, each with a part of the queries; `splash_spec` splits it. Without a TPU,
+    With `shards` it is for that many devices, each with a part of the queries; `splash_spec` splits it. Keys are as
+    many as queries, or `num_keys`, if all are seen. `save_residuals` gives the log-sum-exp of rows too. Without a TPU,
     `interpret` runs it.
     """
     from jax.experimental.pallas.ops.tpu.splash_attention import (
@@ -188,29 +210,31 @@ def splash_masks(asked: Asked, num_heads: int, order: np.ndarray, *, shards: int
     )
 
     length = len(order)
+    num_keys = length if num_keys is None else num_keys
     if asked.window is not None:
         sides = (asked.window - 1, 0 if asked.causal else asked.window - 1)
         one: Any = mask.LocalMask((length, length), sides, 0)
     else:
-        one = mask.CausalMask((length, length)) if asked.causal else mask.FullMask((length, length))
+        one = mask.CausalMask((length, length)) if asked.causal else mask.FullMask((length, num_keys))
     if asked.by_position:
         one.q_sequence = order.astype(np.int32)
-    block = _block_of(length // shards)
+    block, block_kv = _block_of(length // shards), _block_of(num_keys // shards)
     sizes = splash.BlockSizes(
         block_q=block,
-        block_kv=block,
-        block_kv_compute=block,
+        block_kv=block_kv,
+        block_kv_compute=block_kv,
         block_q_dkv=block,
-        block_kv_dkv=block,
-        block_kv_dkv_compute=block,
+        block_kv_dkv=block_kv,
+        block_kv_dkv_compute=block_kv,
         block_q_dq=block,
-        block_kv_dq=block,
+        block_kv_dq=block_kv,
     )
     return splash.make_splash_mha(
         mask.MultiHeadMask([one] * num_heads),
         block_sizes=sizes,
         head_shards=1,
         q_seq_shards=shards,
+        save_residuals=save_residuals,
         interpret=interpret,
     )
 
@@ -220,22 +244,30 @@ def splash_spec(masks: Any, mesh: Any, axis: str) -> Any:
     return masks.manual_sharding_spec(NamedSharding(mesh, PartitionSpec(None, axis)))
 
 
-def _why_not(name: Name, asked: Asked, q: AnyArray, platform: str, mesh: Any, split: ContextSplit | None) -> str:
+def _why_not(name: Name, asked: Asked, q: AnyArray, platform: str, split: ContextSplit | None) -> str:
     """Why the kernel `name` cannot do what is asked; `""` if it can."""
     if name == "blockwise":
         return ""
-    if split is not None and split.method in ("ring", "hybrid"):
-        return f"{split.method} merges parts by the sums of their rows, which it does not give its backward pass"
+    ring = split if split is not None and split.method in ("ring", "hybrid") else None
+    if ring is not None and name != "splash":
+        return f"{ring.method} merges parts by the sums of their rows, which it does not give its backward pass"
     if name == "xla":
         return ""
     if platform != ("tpu" if name == "splash" else "gpu"):
         return f"this is {platform}"
     if name == "splash":
-        part = q.shape[1] // (split.size if split is not None and split.method == "allgather" else 1)
+        precision = jax.config.jax_default_matmul_precision  # pyright: ignore[reportAttributeAccessIssue]
+        if q.dtype != jnp.float32 and precision not in _ONE_PASS:
+            return f"its products of {q.dtype} are exact, and jax_default_matmul_precision={precision!r} cannot be had"
+        if ring is not None and asked.window is not None:
+            return f"where a window ends in the keys of another device of the {ring.method}, only the device knows"
+        part = q.shape[1]
+        if split is not None and split.method != "ulysses":
+            part //= split.size * (2 if ring is not None and ring.zigzag else 1)
         if part % _LANES or q.shape[-1] % _LANES:
             return f"{part} queries of {q.shape[-1]} features are no multiples of {_LANES}"
         return ""
-    if isinstance(mesh, AbstractMesh):
+    if jax.default_backend() != "gpu":
         return "no GPU is here to ask for its cuDNN"
     if asked.segments:
         return "it knows no segments"
@@ -250,8 +282,15 @@ def _why_not(name: Name, asked: Asked, q: AnyArray, platform: str, mesh: Any, sp
     return ""
 
 
+@contextlib.contextmanager
+def traced_for(platform: str) -> Iterator[None]:
+    """Choose kernels of `platform` in what is traced here without a plan: `"cpu"`, `"gpu"` or `"tpu"`."""
+    with _platform(platform):
+        yield
+
+
 def _platform_of(mesh: Any) -> str:
-    return jax.default_backend() if mesh is None else hardware_of(mesh).kind
+    return _platform.value or jax.default_backend() if mesh is None else hardware_of(mesh).kind
 
 
 def _block_of(length: int) -> int:

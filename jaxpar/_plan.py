@@ -42,7 +42,8 @@ class Move:
         kind: `"all-gather"`, `"reduce-scatter"`, `"all-reduce"` or `"all-to-all"`.
         axes: The mesh axes it crosses.
         bytes: What one device holds of it when whole: the result of a gather, the operand of a reduction. For an
-            activation, per token; of an all-to-all to experts, per choice of a token.
+            activation, per token; of an all-to-all to experts, per choice of a token; of attention, per token of a
+            device and feature of one of its keys, or of its queries.
         times: How often a step (a microbatch's step, with accumulation in the loop) does it.
         when: In words.
     """
@@ -246,9 +247,23 @@ class Plan:
     def follow(self, path: str) -> "_plan_text.Life":
         """One leaf's life in a step: stored, gathered, used, reduced, updated, with bytes and times.
 
+        Args:
+            path: Of a leaf; or `"attention"`: how the parts of split sequences meet in each `jp.attention`. Which
+                kernel computes it, and how many bytes these are for its shapes, is in the notes of a step.
+
         Raises:
             ShardingError: The plan has no such leaf.
+
+        Example:
+            >>> plan = jp.plan(lambda: {"w": jnp.ones((4, 4))}, jp.mesh(context=-1), [jp.CP(method="ring")])
+            >>> print(plan.follow("attention"))
+            attention  ring over context=8, in zigzag order
+              sent      collective-permute K and V to the next device over context, 8 B a token and feature x7, forward
+              sent      collective-permute K and V once more over context, 8 B a token and feature x7, backward
+              sent      collective-permute their gradients over context, 8 B a token and feature x8, backward
         """
+        if path == "attention" and path not in self.records:
+            return _plan_text.follow_attention(self)
         return _plan_text.follow(self, self.find(path))
 
     def table(self) -> str:

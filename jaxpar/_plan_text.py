@@ -6,9 +6,12 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import jax.numpy as jnp
+import numpy as np
 from jax.sharding import PartitionSpec
 
 from ._context import axes_at
+from ._sequence import meetings
 
 if TYPE_CHECKING:
     from ._plan import Move, Plan, Record
@@ -171,6 +174,35 @@ def follow(plan: "Plan", record: "Record") -> Life:
         lines.append(f"  updated   {spec_text(record.slots, ndim)}, with its optimiser state")
         lines += [f"  collected {move_text(move, 1)}, {move.when}" for move in moves if move.what == "update"]
     return Life(path=record.path, moves=moves, text="\n".join(lines))
+
+
+def follow_attention(plan: "Plan") -> Life:
+    """How the parts of split sequences meet, forward and backward; a block that is computed again does it again."""
+    from ._plan import Move
+
+    split = plan.context
+    if split is None:
+        return Life(path="attention", moves=(), text="attention  of whole sequences: nothing moves")
+    read = [record.compute_dtype for record in plan.parameters if jnp.issubdtype(record.compute_dtype, jnp.inexact)]
+    size = min((dtype.itemsize for dtype in map(np.dtype, read)), default=4)
+    order = "in zigzag order" if split.zigzag else "in its own order"
+    lines, moves = [f"attention  {split.method} over {split.axis}={split.size}, {order}"], []
+    for meeting in meetings(split):
+        when = "backward" if meeting.backward else "forward"
+        move = Move(
+            what="activation",
+            kind=meeting.kind,
+            axes=(split.axis,),
+            bytes=meeting.bytes_of(size),
+            times=meeting.times,
+            when=f"{when} pass, {meeting.what}",
+        )
+        moves.append(move)
+        lines.append(
+            f"  sent      {move.kind} {meeting.what} over {split.axis}, {bytes_text(move.bytes)} a token and feature "
+            f"x{move.times}, {when}"
+        )
+    return Life(path="attention", moves=tuple(moves), text="\n".join(lines))
 
 
 def columns(rows: Sequence[Sequence[str]]) -> str:

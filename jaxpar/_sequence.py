@@ -29,6 +29,9 @@ SCOPE = "jp.attention"
 POSITIONS = "positions"
 """The field of a batch that says where tokens are."""
 
+PLACED = "jp.positions"
+"""The name that positions have in a jaxpr, where a batch is in zigzag order: they must come from it."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ContextSplit:
@@ -41,6 +44,7 @@ class ContextSplit:
         heads: Over how many devices heads are split while attention runs: 1, but for Ulysses and hybrids.
         zigzag: Whether batches are brought in zigzag order.
         whole: Patterns of fields of a batch whose second dim is not the sequence.
+        reduce: When gradients are summed over the axis, with accumulation: once a `"microbatch"`, or once a `"step"`.
     """
 
     axis: str
@@ -49,6 +53,7 @@ class ContextSplit:
     heads: int = 1
     zigzag: bool = False
     whole: tuple[str, ...] = ()
+    reduce: str = "microbatch"
 
     @property
     def unit(self) -> int:
@@ -111,6 +116,56 @@ class ContextSplit:
                 f"{POSITIONS!r} for the model to go by. Add one, np.broadcast_to(np.arange(seq), tokens.shape), and "
                 'give it to the model and to jp.attention; or use CP(balance="none").'
             )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Meeting:
+    """One kind of transfer by which queries meet keys, in one call of `jp.attention`.
+
+    Attributes:
+        kind: The collective.
+        what: What it carries, in words.
+        times: How often.
+        parts: How much of one device's keys each carries: 1 for its K, or as much as its K has features.
+        of_queries: Whether it is queries, or the result, that it carries: parts of one device's queries then.
+        wide: Whether it is in float32, whatever keys are.
+        backward: Whether it is of the backward pass.
+    """
+
+    kind: str
+    what: str
+    times: int
+    parts: int
+    of_queries: bool = False
+    wide: bool = False
+    backward: bool = False
+
+    def bytes_of(self, itemsize: int) -> int:
+        """Of one number of each part, where keys and queries take `itemsize` bytes."""
+        return self.parts * (max(itemsize, 4) if self.wide else itemsize)
+
+
+def meetings(split: ContextSplit) -> tuple[Meeting, ...]:
+    """What one call of `jp.attention` moves over the axis of `split`, but for positions and segments."""
+    found, ring = [], split.size // split.heads
+    if split.method == "allgather":
+        found += [
+            Meeting(kind="all-gather", what="K, V", times=2, parts=split.size),
+            Meeting(kind="reduce-scatter", what="gradients of K, V", times=2, parts=split.size, backward=True),
+        ]
+    if split.heads > 1:
+        kind, each = ("all-to-all", 1) if split.heads == split.size else ("collective-permute", split.heads - 1)
+        for backward, one, other in ((False, "Q, the result", "K, V"), (True, "their gradients", "their gradients")):
+            pair = {"kind": kind, "times": 2 * each, "parts": 1, "backward": backward}
+            found += [Meeting(what=one, of_queries=True, **pair), Meeting(what=other, **pair)]
+    if split.method != "allgather" and ring > 1:
+        permute = {"kind": "collective-permute", "parts": 2}
+        found += [
+            Meeting(what="K and V to the next device", times=ring - 1, **permute),
+            Meeting(what="K and V once more", times=ring - 1, backward=True, **permute),
+            Meeting(what="their gradients", times=ring, wide=True, backward=True, **permute),
+        ]
+    return tuple(found)
 
 
 def balance(split: ContextSplit) -> float:

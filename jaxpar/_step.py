@@ -19,6 +19,7 @@ from ._errors import ShardingError, StepError, listed
 from ._plan import TABLE, Record, gradient_route
 from ._plan_text import bytes_text
 from ._planned import GATHERED, LAYER_GATHERED, Traced
+from ._sequence import PLACED
 from ._slots import Match
 from .parallel import PP, TP
 
@@ -442,6 +443,12 @@ class StepFunction:
                 region,
                 f"sequences are split over {split.axis!r}, but nothing here calls jp.attention: if the model attends "
                 "in another way, the compiler gathers what it needs",
+            )
+        if split is not None and split.zigzag and _traits.named_alone(jaxpr, PLACED):
+            raise StepError(
+                f"{self.__name__}: jp.attention is given positions that come from no argument of this step, such as "
+                f"jnp.arange, but this plan brings batches in zigzag order over {split.axis!r}. Give it, and all else "
+                'that goes by positions, those of the batch; or use CP(balance="none").'
             )
         if split is not None and "seq" not in region.dims and _traits.find(jaxpr, ("dot_general",)):
             raise StepError(

@@ -25,11 +25,13 @@ class Traits:
         unmappable: An operation that `vmap` makes slow or impossible, in words, or `None`.
         repeats_random: Whether it draws random numbers that do not depend on the sample.
         changes_state: Whether it changes its state.
+        draws: Whether it draws random numbers at all.
     """
 
     unmappable: str | None
     repeats_random: bool
     changes_state: bool
+    draws: bool
 
 
 def traits_of(closed: Any, num_before: int, num_batch: int, num_state: int, state_at: int) -> Traits:
@@ -52,6 +54,7 @@ def traits_of(closed: Any, num_before: int, num_batch: int, num_state: int, stat
         unmappable=UNMAPPABLE[found] if found else None,
         repeats_random=_draws_alike(jaxpr, depends),
         changes_state=changes,
+        draws=find(jaxpr, RANDOM) is not None,
     )
 
 
@@ -208,16 +211,29 @@ def find(jaxpr: Any, names: Any) -> str | None:
 
 def _draws_alike(jaxpr: Any, depends: Sequence[bool]) -> bool:
     """Whether random bits are drawn from a key that does not depend on the inputs that `depends` marks."""
+    return _met_alone(jaxpr, depends, lambda eqn: eqn.primitive.name in RANDOM)
+
+
+def named_alone(jaxpr: Any, tag: str) -> bool:
+    """Whether something with the name `tag` (`checkpoint_name`) depends on no input at all."""
+    return _met_alone(jaxpr, [True] * len(jaxpr.invars), lambda eqn: _is_tag(eqn, tag), unknown=True)
+
+
+def _met_alone(jaxpr: Any, depends: Sequence[bool], wanted: Callable[[Any], bool], *, unknown: bool = False) -> bool:
+    """Whether a `wanted` equation, insides too, depends on none of the inputs that `depends` marks.
+
+    What an inner jaxpr is given where nobody can tell which is which, does or not as `unknown` says.
+    """
     marked = {var for var, mark in zip(jaxpr.invars, depends, strict=True) if mark}
     for eqn in jaxpr.eqns:
         inputs = [not isinstance(var, jax_core.Literal) and var in marked for var in eqn.invars]
-        if eqn.primitive.name in RANDOM and not any(inputs):
+        if wanted(eqn) and not any(inputs):
             return True
         for sub in _subs(eqn):
             # Loops and calls pass their inputs on in order; where the count differs (cond's index, while's consts) the
             # last ones line up.
-            inner = inputs[-len(sub.invars) :] if len(sub.invars) <= len(inputs) else [False] * len(sub.invars)
-            if _draws_alike(sub, inner):
+            inner = inputs[-len(sub.invars) :] if len(sub.invars) <= len(inputs) else [unknown] * len(sub.invars)
+            if _met_alone(sub, inner, wanted, unknown=unknown):
                 return True
         if any(inputs):
             marked.update(eqn.outvars)

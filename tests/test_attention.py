@@ -102,33 +102,49 @@ def test_xla_can_be_differentiated_twice():
 
 ASKED = _kernels.Asked(causal=True, window=None, scale=1.0, segments=False, positions=True, name=None)
 CONTEXT = ContextSplit(axis="context", size=8, method="allgather")
+RING = dataclasses.replace(CONTEXT, method="ring")
 
 
-def chosen(platform, *, split=None, length=4096, features=128, dtype=jnp.bfloat16, **asked):
+def chosen(platform, *, split=None, length=4096, features=128, dtype=jnp.bfloat16, precision="default", **asked):
     mesh = {"tpu": "v5e:2x4", "gpu": "h100:1x8", "cpu": None}[platform]
     mesh = jp.mesh(data=8) if mesh is None else jp.mesh(mesh, data=8)
     q = jax.ShapeDtypeStruct((1, length, 8, features), dtype)
-    return _kernels.choose(dataclasses.replace(ASKED, **asked), q, mesh=mesh, split=split)
+    with jax.default_matmul_precision(precision):
+        return _kernels.choose(dataclasses.replace(ASKED, **asked), q, mesh=mesh, split=split)
 
 
 def test_each_platform_has_its_kernel():
     assert chosen("cpu", length=1024).words == "attention: xla on cpu"
     assert chosen("cpu", length=2048).words == "attention: xla on cpu"
     assert chosen("cpu", length=1500).words == "attention: blockwise on cpu"
-    assert chosen("tpu").words == "attention: xla on tpu"
-    assert chosen("tpu", name="splash").words == "attention: splash on tpu"
-    assert chosen("tpu", split=CONTEXT).words == "attention: allgather over context=8, splash on tpu"
-    assert "no GPU is here" in chosen("gpu", split=CONTEXT).words
+    assert chosen("tpu", positions=False).words == "attention: splash on tpu"
+    assert chosen("tpu", name="xla").words == "attention: xla on tpu"
+    nan = "NaN where positions do not go up by one in a segment: kernel='xla' or 'blockwise' takes any"
+    assert chosen("tpu").words == f"attention: splash on tpu; {nan}"
+    assert chosen("tpu", split=CONTEXT).words == f"attention: allgather over context=8, splash on tpu; {nan}"
+    assert chosen("tpu", split=RING).words == f"attention: ring over context=8, splash on tpu; {nan}"
+    assert chosen("gpu").words.startswith("attention: xla on gpu, not cudnn: no GPU is here")
+
+
+def test_a_kernel_is_that_of_the_platform_that_is_traced_for():
+    """Also by a function that was traced for another before."""
+    q = jax.ShapeDtypeStruct((1, 256, 2, 128), jnp.bfloat16)
+    step = jax.jit(lambda q: jp.attention(q, q, q))
+    for platform, is_kernel in (("cpu", False), ("tpu", True), ("cpu", False)):
+        with _kernels.traced_for(platform), jax.default_matmul_precision("default"):
+            assert ("pallas_call" in str(jax.make_jaxpr(step)(q))) == is_kernel
 
 
 @pytest.mark.parametrize(
     ("platform", "asked", "reason"),
     [
         ("tpu", {"length": 800, "split": CONTEXT}, "100 queries of 128 features are no multiples of 128"),
-        ("tpu", {"split": dataclasses.replace(CONTEXT, method="ring")}, "ring merges parts"),
+        ("tpu", {"split": RING, "window": 9}, "where a window ends"),
+        ("tpu", {"split": dataclasses.replace(RING, zigzag=True), "length": 1024}, "64 queries of 128"),
+        ("tpu", {"precision": "highest", "split": CONTEXT}, "jax_default_matmul_precision='highest' cannot be had"),
         ("cpu", {"name": "splash"}, "this is cpu"),
         ("tpu", {"name": "cudnn"}, "this is tpu"),
-        ("cpu", {"name": "xla", "split": dataclasses.replace(CONTEXT, method="ring")}, "ring merges parts"),
+        ("cpu", {"name": "xla", "split": RING}, "ring merges parts"),
     ],
 )
 def test_what_cannot_work_is_said(platform, asked, reason):

@@ -90,14 +90,14 @@ SCRIPT = """
 @pytest.mark.multiprocess
 def test_two_tasks_of_slurm(child_env):
     """The script knows nothing of SLURM; and one that fails ends without waiting for the other."""
-    peers = []
+    peers, port = [], str(free_port())
     for rank in (0, 1):
         env = {**child_env, "JAX_NUM_CPU_DEVICES": "2", **STEP, "SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)}
-        env |= {"SLURM_NTASKS": "2", "SLURM_JOB_NUM_NODES": "1", "JAX_COORDINATOR_PORT": PORT}
+        env |= {"SLURM_NTASKS": "2", "SLURM_JOB_NUM_NODES": "1", "JAX_COORDINATOR_PORT": port}
         command = [sys.executable, "-c", textwrap.dedent(SCRIPT)]
         peers.append(subprocess.Popen(command, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE))
     try:
-        out, err = peers[1].communicate(timeout=60)
+        out, err = peers[1].communicate(timeout=240)
         assert out.splitlines()[-1] == "process 1 of 2 devices 4", err
         assert peers[1].returncode == 1
         assert "RuntimeError: out of luck" in err
@@ -108,5 +108,4 @@ def test_two_tasks_of_slurm(child_env):
             peer.communicate()
 
 
-PORT = str(free_port())
 GREETING = "[Gloo] Rank 0 is connected to 1 peer ranks. Expected number of connected peer ranks is : 1\n"

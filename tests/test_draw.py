@@ -148,10 +148,10 @@ def large():
 
 
 def test_large_plan_is_drawn_at_once(large):
-    begin = time.perf_counter()
+    begin = time.process_time()
     drawing = large.draw()
     svg = _draw.scenes.svg(drawing.scene, alone=True)
-    assert time.perf_counter() - begin < 1
+    assert time.process_time() - begin < 1
     assert len(svg) < 200_000
     assert max(map(len, drawing.text.splitlines())) < 150
     assert "80 layers stacked, one is drawn" in drawing.text

@@ -1,4 +1,4 @@
-"""Waiting for every process of a save: bounded, by name, and over at once when one of them has failed.
+"""Waiting for every process of a save or restore: bounded, by name, and over at once when one of them has failed.
 
 JAX's and Orbax's barriers know time alone: if the disk of one process is full, the others wait for 20 minutes and learn
 nothing. Here each process leaves a word with the coordination service: that it has come, or what went wrong.
@@ -29,7 +29,7 @@ _count = itertools.count()
 
 
 class Barrier:
-    """Made once a save, by all processes; then called by all of them with the same words, one after another."""
+    """Made once a save or restore by all processes; then called by all with the same words, one after another."""
 
     def __init__(self, seconds: float | None = None) -> None:
         self._seconds = SECONDS if seconds is None else seconds

@@ -15,6 +15,7 @@ import jax
 from .. import _processes
 from . import _about, _orbax
 from ._about import Leaf
+from ._barrier import Barrier
 from ._layers import read_sliced, read_stacked
 from ._match import Match, layer_dims, matched
 from ._parts import take_apart
@@ -94,7 +95,13 @@ def restore_valid(path: pathlib.Path, like: T, *, part: str | None = None, cast:
     parts.build({name: targets[name].released for name in parts.arrays if name not in parts.loose})
     parts.arrays.clear()  # with this, nobody but the caller holds an array of `like`
 
-    values = _read(path, match, targets, about.leaves)
+    barrier = Barrier()
+    try:
+        values = _read(path, match, targets, about.leaves)
+    except BaseException as error:
+        barrier.fail(error)
+        raise
+    barrier("read")  # who has read little waits here, and not in a collective, which may know a shorter time
     for name in parts.holders:
         parts.holders[name].set_state(about.states[match.same[name]])
     return parts.build({**values, **{name: about.values[match.same[name]] for name in parts.values}})

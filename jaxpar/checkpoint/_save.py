@@ -66,8 +66,9 @@ class Saving:
         self._thread.join()
         _under_way.discard(self)
         if self._error is not None:
+            why = str(self._error).rstrip(".")
             raise CheckpointError(
-                f"Step {self.step} could not be saved at {self.path}: {self._error}\nEarlier steps are as they were."
+                f"Step {self.step} could not be saved at {self.path}: {why}. Earlier steps are as they were."
             ) from self._error
 
     def _work(self) -> None:
@@ -208,7 +209,7 @@ def commit(
 ) -> None:
     """Hash what every process has written where `begin` said, and make it step `step` of `home`.
 
-    What is `known` was hashed and is flushed already.
+    What is `known` was hashed already.
     """
     path = saving(home, step)
     barrier("written")
@@ -234,20 +235,20 @@ def seal(
         target: Beside it, and not there.
         own: The files that this process hashes.
         barrier: As `begin` gives it.
-        known: Sums of files that are flushed, by `_sums.Ahead`.
+        known: Sums of files that were hashed before, by `_sums.Ahead`.
     """
-    sums = _sums.of_files(path, own, flush=True, known=known)
+    sums = _sums.of_files(path, own, known=known)
+    flushed = {path / name for name in own}
     if not _processes.is_first():
-        _sums.write(path, sums, part=jax.process_index())
+        _sums.flush(flushed | {_sums.write(path, sums, part=jax.process_index())})
     barrier("hashed")
     if _processes.is_first():
         for index in range(1, jax.process_count()):
             sums |= _sums.take(path, part=index)
-        _sums.write(path, sums)
-        for directory in {path, *((path / name).parent for name in sums)}:
-            _flush(directory)
+        flushed |= {_sums.write(path, sums), path, *((path / name).parent for name in sums)}
+        _sums.flush(flushed)
         path.rename(target)
-        _flush(target.parent)
+        _sums.flush([target.parent])
     barrier("committed")
 
 
@@ -257,15 +258,6 @@ def _clear(home: pathlib.Path, step: int) -> None:
         for entry in home.glob(f"{saving(home, step).name}*"):
             if is_unfinished(entry.name):
                 shutil.rmtree(entry, ignore_errors=True)
-
-
-def _flush(directory: pathlib.Path) -> None:
-    """Have the names in a directory written down to the disk: Orbax leaves that to the kernel."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _stored(leaf: Any) -> Any:

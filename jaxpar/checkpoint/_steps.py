@@ -89,13 +89,15 @@ def verify(directory: str | os.PathLike[str], step: int | None = None) -> list[i
 def prune(directory: str | os.PathLike[str], keep: int | Keep) -> list[int]:
     """Delete the complete checkpoints that need not stay; returns the steps that went.
 
-    Process 0 deletes; on the others this does nothing. What is not a complete checkpoint is left alone.
+    Process 0 deletes; on the others this does nothing. What is not a complete checkpoint is left alone, and the newest
+    valid one stays, whatever `keep` says: every byte is read of the newest, and of older ones while the newer are
+    damaged. (A `Run` reads nothing: it prunes after a save.)
 
     Args:
         directory: What `save` was given.
         keep: How many of the last stay, or a `Keep`.
     Raises:
-        CheckpointError: `keep` is less than 1.
+        CheckpointError: `keep` is less than 1; or something would go, and nothing that stays or goes is valid.
 
     Example:
         >>> jp.checkpoint.prune("runs/nothing_here_yet", keep=3)
@@ -105,9 +107,13 @@ def prune(directory: str | os.PathLike[str], keep: int | Keep) -> list[int]:
         if keep < 1:
             raise CheckpointError(f"keep={keep} would delete every checkpoint. Keep 1 or more.")
         keep = Keep(last=keep)
+    return prune_known(root(directory), keep, valid=None)
+
+
+def prune_known(home: pathlib.Path, keep: Keep, *, valid: int | None) -> list[int]:
+    """As `prune`, when the step `valid` is known to be so, as it was saved just now."""
     if jax.process_index() != 0:
         return []
-    home = root(directory)
     metrics = {step: _about.read(home / str(step)).metrics for step in steps(home)}
     gone = sorted(metrics.keys() - keep.of(metrics))
     if gone and keep.metric and not any(keep.metric in each for each in metrics.values()):
@@ -118,6 +124,12 @@ def prune(directory: str | os.PathLike[str], keep: int | Keep) -> list[int]:
             "is saved.",
             home, keep.metric, known,
         )  # fmt: skip
+    if gone and (valid is None or valid not in metrics.keys() - set(gone)):
+        found = _newest(home, iter([*sorted(metrics, reverse=True), -1]).__next__, damage)
+        if found.step is None:
+            raise none_valid(home, found.damaged)
+        _warn(home, found)
+        gone = [step for step in gone if step != found.step]
     for step in gone:
         _delete(home, step)
     return gone

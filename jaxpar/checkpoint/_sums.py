@@ -12,18 +12,21 @@ import re
 import threading
 import types
 from collections.abc import Callable, Iterable, Mapping
+from typing import TypeVar
+
+T = TypeVar("T")
 
 NAME = "SHA256SUMS"
 POLL_SECONDS = 0.05
 MAX_THREADS = 8  # one hashes about 1.5 GB/s; hashlib lets go of the interpreter's lock
+MAX_FLUSHES = 16  # at once: what is flushed one after another has the file system write its journal each time
 
 
-def write(path: pathlib.Path, sums: Mapping[str, str], *, part: int = 0) -> None:
-    """Write the file into the checkpoint at `path`, down to the disk; or `part`, the share of that process."""
-    with (path / _name(part)).open("w", encoding="utf-8") as file:
-        file.writelines(_line(name, sums[name]) for name in sorted(sums))
-        file.flush()
-        os.fsync(file.fileno())
+def write(path: pathlib.Path, sums: Mapping[str, str], *, part: int = 0) -> pathlib.Path:
+    """Write the file into the checkpoint at `path`, or `part`, the share of that process; returns where it is."""
+    file = path / _name(part)
+    file.write_text("".join(_line(name, sums[name]) for name in sorted(sums)), encoding="utf-8")
+    return file
 
 
 def take(path: pathlib.Path, *, part: int) -> dict[str, str]:
@@ -73,17 +76,14 @@ class Ahead:
         while not self._ended.is_set():
             num = len(self._known)
             with contextlib.suppress(OSError):  # what was found is renamed or deleted by now
-                for file in self._find():
-                    if self._ended.is_set():
-                        return
-                    self._hash(file)
+                _for_each([file for file in self._find() if _identity(file) not in self._known], self._hash, _threads())
             if len(self._known) == num:
                 self._ended.wait(POLL_SECONDS)
 
     def _hash(self, file: pathlib.Path) -> None:
-        identity = _identity(file)
-        if identity not in self._known:
-            digest = _of_file(file, flush=False)
+        if not self._ended.is_set():
+            identity = _identity(file)
+            digest = _of_file(file)
             if _identity(file) == identity:
                 self._known[identity] = digest
 
@@ -92,7 +92,6 @@ def of_files(
     path: pathlib.Path,
     names: Iterable[str],
     *,
-    flush: bool = False,
     known: Mapping[tuple[int, ...], str] = types.MappingProxyType({}),
 ) -> dict[str, str]:
     """The SHA-256 of each file in `path` called one of `names`, several at a time.
@@ -100,34 +99,27 @@ def of_files(
     Args:
         path: A checkpoint.
         names: As `files` gives them.
-        flush: Have each file written down to the disk first.
         known: Of files that were hashed before, by `Ahead`.
     Raises:
         OSError: A file cannot be read.
     """
-    waiting, sums, errors = list(names), {}, []
+    sums: dict[str, str] = {}
 
-    def work() -> None:
-        while waiting and not errors:
-            try:
-                name = waiting.pop()
-            except IndexError:  # another thread took the last
-                return
-            try:
-                digest = known.get(_identity(path / name)) if known else None
-                sums[name] = digest or _of_file(path / name, flush=flush)
-            except OSError as error:
-                errors.append(error)
+    def work(name: str) -> None:
+        digest = known.get(_identity(path / name)) if known else None
+        sums[name] = digest or _of_file(path / name)
 
-    # Plain threads: those of an executor cannot be started while the interpreter waits for a save before it exits.
-    threads = [threading.Thread(target=work) for _ in range(min(MAX_THREADS, os.cpu_count() or 1, len(waiting)))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if errors:
-        raise errors[0]
+    _for_each(names, work, _threads())
     return sums
+
+
+def flush(places: Iterable[pathlib.Path]) -> None:
+    """Have files, and the names in directories, written down to the disk, several at a time.
+
+    Raises:
+        OSError: One cannot be.
+    """
+    _for_each(places, _flush, MAX_FLUSHES)
 
 
 def files(path: pathlib.Path) -> tuple[dict[str, int], list[str]]:
@@ -165,9 +157,44 @@ def _identity(file: pathlib.Path) -> tuple[int, ...]:
     return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
 
-def _of_file(file: pathlib.Path, *, flush: bool) -> str:
+def _of_file(file: pathlib.Path) -> str:
     # A link put in the place of a file after `files` looked is not followed either.
     with os.fdopen(os.open(file, os.O_RDONLY | os.O_NOFOLLOW), "rb") as opened:
-        if flush:
-            os.fsync(opened.fileno())
         return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def _flush(place: pathlib.Path) -> None:
+    descriptor = os.open(place, os.O_RDONLY | os.O_NOFOLLOW)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _threads() -> int:
+    return min(MAX_THREADS, os.cpu_count() or 1)
+
+
+def _for_each(items: Iterable[T], act: Callable[[T], None], num_threads: int) -> None:
+    """Act on each of `items`, so many at a time. After an error no more are begun, and the first is raised."""
+    waiting, errors = list(items), []
+
+    def work() -> None:
+        while not errors:
+            try:
+                item = waiting.pop()
+            except IndexError:
+                return
+            try:
+                act(item)
+            except Exception as error:  # whatever it is, it is raised below
+                errors.append(error)
+
+    # Plain threads: those of an executor cannot be started while the interpreter waits for a save before it exits.
+    threads = [threading.Thread(target=work) for _ in range(min(num_threads, len(waiting)))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise errors[0]

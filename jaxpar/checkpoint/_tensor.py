@@ -27,7 +27,8 @@ class Tensor:
             leaf `[layers, experts, ...]`. What follows is about the rest of the dims.
         transpose: Order of the tensor's dims in the leaf, as for `numpy.transpose`; as they are if `None`.
         merged: How many dims of the leaf make each dim of the tensor, in the order of the tensor: `(2, 1)` if the leaf
-            has `[heads, features, embed]` and the tensor `[heads * features, embed]`. One each if `None`.
+            has `[heads, features, embed]` and the tensor `[heads * features, embed]`; 0 for a dim of size 1 that the
+            leaf lacks. One each if `None`.
         part: `(dim, start, stop)` if the leaf is these rows of the tensor along one of its dims: queries, keys and
             values are three parts of a fused matrix.
 

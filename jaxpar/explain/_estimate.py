@@ -3,10 +3,12 @@
 It takes one trace of the loss, which serves every mesh, and milliseconds for each. Less exact than a compiled program,
 and made for ranking meshes. Seen against compilers, as estimate / truth:
 
-- XLA:TPU, memory: 1.01 to 1.05 for 34B on 64 v5p (five meshes and microbatches, three of them held out when the rules
-  were found), 1.14 and 1.19 for small decoders of 4 layers on v5e, 1.07 and 1.10 for one of 4 MiB.
-- XLA:TPU, computation: 0.97 and 0.98 for those decoders, by which the rates of v5e were chosen. Of a step below a
-  millisecond it is half or less: what each operation costs to start is not counted.
+- XLA:TPU, memory: 0.97 to 0.99 for 34B on 64 v5p (five meshes and microbatches), 0.99 for 7B on 256 v5e, 1.06 and 1.19
+  for small decoders of 4 layers on v5e, 1.07 and 1.10 for one of 4 MiB.
+- XLA:TPU, computation: 0.98 to 1.00 for 34B, 0.94 for 7B; 0.85 to 0.99 for those decoders, one of which attends by
+  XLA's own products, by which the rates of v5e were chosen. By splash attention XLA copies queries and keys once more,
+  in float32, which is not seen here. Of a step below a millisecond it is half or less: what each operation costs to
+  start is not counted.
 - XLA:CPU, memory: 0.74 to 1.07; a decoder is low, as that compiler runs whatever is ready and holds its result.
 - XLA:GPU: nothing was compared.
 
@@ -39,6 +41,7 @@ from . import _trace
 from ._axes import mesh_axes
 from ._coefficients import Coefficients, bounds, coefficients
 from ._collectives import Row
+from ._flops import DTYPES, kernel_work
 from ._memory import ON_CHIP as ON_CHIP_PATH, Held, Memory
 from ._report import Report
 from ._spread import Split, Spread
@@ -407,13 +410,13 @@ class _Estimate:
             return longest[0] * trips, longest[1] * trips, longest[2] * trips
         if op.free or all(value.virtual for value in op.outputs):
             return 0.0, 0.0, 0.0
-        flops, dtype = self._op_flops(op)
+        flops, dtype, reached = self._op_flops(op)
         read = {id(source): source for value in op.inputs if value is not None for source in value.sources}
         moved = math.fsum(self._moved(value) for value in (*read.values(), *op.outputs) if not value.fused)
         peak, bandwidth = self.hardware.peak_flops(dtype or "bfloat16"), self.hardware.hbm_bandwidth
         if not peak or not bandwidth:
             return 0.0, 0.0, 0.0
-        each = [max(flops / peak / self._of(MATMUL)[at], moved / bandwidth / self._of(MEMORY)[at]) for at in range(3)]
+        each = [max(flops / peak / reached[at], moved / bandwidth / self._of(MEMORY)[at]) for at in range(3)]
         return each[0], each[1], each[2]
 
     def _of(self, rates: Mapping[str, tuple[float, float, float]]) -> tuple[float, float, float]:
@@ -424,14 +427,25 @@ class _Estimate:
         size = self.spread.num_bytes(value)
         return size / ON_CHIP if size <= self.hardware.chip.on_chip / 2 and value.kind != "parameter" else size
 
-    def _op_flops(self, op: Op) -> tuple[float, str]:
-        """FLOPs of one device, its tiles filled up, and the dtype of the operands."""
+    def _op_flops(self, op: Op) -> tuple[float, str, Sequence[float]]:
+        """FLOPs of one device, its tiles filled up; the dtype of the operands; and the parts of the peak reached."""
+        rates = self._of(MATMUL)
+        if op.name == "pallas_call":
+            operands, results = (
+                [jax.ShapeDtypeStruct(self.spread.shape(value), value.dtype) for value in side if value is not None]
+                for side in (op.inputs, op.outputs)
+            )
+            work = kernel_work(op.params, operands, results, "")
+            if work is None:
+                return 0.0, "", rates
+            reached = [known.attention_backward if op.backward else known.attention for known in _coefficients()]
+            return work.flops, DTYPES.get(work.dtype, work.dtype), reached
         left, right = (op.inputs[at] if len(op.inputs) > at else None for at in (0, 1))
         if left is None or right is None or op.name not in PRODUCTS:
-            return 0.0, ""
+            return 0.0, "", rates
         one, two = self.spread.shape(left), self.spread.shape(right)
         if op.name == "conv_general_dilated":
-            return product_flops(op, one, two, self.spread.shape(op.outputs[0])), left.dtype
+            return product_flops(op, one, two, self.spread.shape(op.outputs[0])), left.dtype, rates
         (contract, other), (batch, batch_right) = op.params["dimension_numbers"]
         inner = math.prod(min(one[i], two[j]) for i, j in zip(contract, other, strict=True))
         batches = math.prod(min(one[i], two[j]) for i, j in zip(batch, batch_right, strict=True))
@@ -439,7 +453,7 @@ class _Estimate:
         columns = math.prod(size for dim, size in enumerate(two) if dim not in (*other, *batch_right))
         small, deep, wide = TILE[self.hardware.kind]
         filled = _up(rows, small) * _up(inner, deep) * _up(columns, wide)
-        return 2.0 * batches * filled, left.dtype
+        return 2.0 * batches * filled, left.dtype, rates
 
     def _update_seconds(self) -> tuple[float, float, float]:
         """The optimiser reads and writes parameters and state, and reads gradients."""

@@ -20,19 +20,11 @@ import numpy as np
 from .._context import axes_at
 from .._hlo import Collective
 from .._plan import Move, Plan, Record
-from .._sequence import SCOPE
+from .._sequence import SCOPE, meetings
 from .._types import Axes
 
 _FEW_NUMBERS = 8
 """A sum of as many numbers is a loss with its weight, a norm or a count: no array of a model."""
-
-_MEETINGS = {
-    "allgather": ("all-gather", "reduce-scatter"),
-    "ring": ("collective-permute",),
-    "ulysses": ("all-to-all", "all-gather"),  # positions and segments are gathered
-    "hybrid": ("collective-permute",),
-}
-"""What moves where the parts of a sequence meet, by method."""
 
 _AGAIN = ", which computes the block again"
 """As a plan's moves say it of weights."""
@@ -167,7 +159,8 @@ class _Pool:
         split = self.plan.context
         if split is None or each.axes != (split.axis,) or SCOPE not in each.op_name:
             return ""
-        return f"attention, {split.method}" if each.kind in _MEETINGS[split.method] else ""
+        kinds = {"all-gather", *(meeting.kind for meeting in meetings(split))}  # positions and segments are gathered
+        return f"attention, {split.method}" if each.kind in kinds else ""
 
     def _vocabulary(self, each: Collective) -> str:
         """The two ends of a model whose vocabulary is split."""

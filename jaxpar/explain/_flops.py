@@ -13,11 +13,11 @@ A flash kernel written with `jax.numpy` and `custom_vjp` counts the scores it co
 import collections
 import dataclasses
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from .._hlo import work_of
-from .._hlo._flops import attention, num_taps
+from .._hlo._flops import Work, attention, num_taps
 from .._hlo._module import Module, _quoted, _walk
 from .._hlo._text import Shape
 from .._plan import Plan
@@ -91,7 +91,7 @@ def from_hlo(module: Module, compiled: Compiled) -> Flops:
         products.append(
             _Product(
                 name=name,
-                dtype=_DTYPES.get(work.dtype, work.dtype),
+                dtype=DTYPES.get(work.dtype, work.dtype),
                 flops=work.flops * times,
                 full=work.full * times,
                 causal=work.causal * times,
@@ -101,10 +101,11 @@ def from_hlo(module: Module, compiled: Compiled) -> Flops:
     return _summed(products, paths, "hlo", list(notes))
 
 
-_DTYPES = {
+DTYPES = {
     "bf16": "bfloat16", "f16": "float16", "f32": "float32", "f64": "float64", "s8": "int8", "s32": "int32",
     "s4": "int4", "f8e4m3fn": "float8_e4m3fn", "f8e5m2": "float8_e5m2",
 }  # fmt: skip
+_SHORT = {long: short for short, long in DTYPES.items()}
 
 
 @dataclasses.dataclass
@@ -248,9 +249,8 @@ class _Counter:
 
     def _kernel(self, eqn: Any, name: str, times: float) -> None:
         """A Pallas kernel: attention by its shapes, else its author's estimate, else its grid times its body."""
-        shapes, results = ([_shape(var) for var in variables] for variables in (eqn.invars, eqn.outvars))
-        kernel = str(eqn.params.get("name") or eqn.params.get("name_and_src_info") or "")
-        work = attention(f"{name}/{kernel}", shapes, results)
+        shapes, results = ([var.aval for var in variables] for variables in (eqn.invars, eqn.outvars))
+        work = kernel_work(eqn.params, shapes, results, name)
         dtype = next((str(var.aval.dtype) for var in eqn.invars if "float" in str(var.aval.dtype)), "")
         name = f"{name}/pallas_call"
         if work is not None:
@@ -314,11 +314,23 @@ def _num_manual(eqn: Any) -> int:
     return math.prod(size for axis, size in mesh.shape.items() if manual is None or axis in manual)
 
 
-def _shape(var: Any) -> Shape:
+def _shape(array: Any) -> Shape:
     """In HLO's spelling, as far as kernels are told by it."""
-    names = {long: short for short, long in _DTYPES.items()}
-    dtype = str(getattr(var.aval, "dtype", ""))
-    return Shape(dtype=names.get(dtype, dtype), dims=tuple(getattr(var.aval, "shape", ())))
+    dtype = str(getattr(array, "dtype", ""))
+    return Shape(dtype=_SHORT.get(dtype, dtype), dims=tuple(getattr(array, "shape", ())))
+
+
+def kernel_work(params: Mapping[str, Any], operands: Sequence[Any], results: Sequence[Any], name: str) -> Work | None:
+    """Of a Pallas kernel by the parameters of its call and its arrays, if it is one of attention.
+
+    Args:
+        params: Of the primitive.
+        operands: Arrays, anything with a shape and a dtype, whole or one device's.
+        results: Likewise.
+        name: Of the place of the call.
+    """
+    called = params.get("name") or params.get("name_and_src_info") or ""
+    return attention(f"{name}/{called}", [_shape(each) for each in operands], [_shape(each) for each in results])
 
 
 def _may_be_scores(eqn: Any) -> bool:

@@ -18,11 +18,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend import core as jax_core
 
-from .. import _mesh
+from .. import _kernels, _mesh
 from .._birth import no_eager_sharding
 from .._compat import scan_counts
 from .._recipe import Program
-from ._flops import Flops, count
+from ._flops import Flops, count, kernel_work
 
 HEAVY = frozenset(
     (
@@ -83,6 +83,8 @@ HEAVY = frozenset(
 
 
 PRODUCTS = ("dot_general", "conv_general_dilated")
+KERNELS = ("pallas_call", "custom_call", "ffi_call")
+"""What a compiler does not see into: nothing is fused with it, operands and results are written."""
 BINARY = frozenset(("add", "add_any", "sub", "mul", "div", "max", "min", "pow", "rem", "atan2", "and", "or", "xor"))
 """Elementwise operations that repeat an operand along dims in which it is 1."""
 PASSED_ON = frozenset(
@@ -196,12 +198,13 @@ def key_of(program: Program) -> Any:
 def trace(program: Program) -> Trace:
     """Trace the gradient of the loss of `program` over its whole batch. Allocates nothing."""
     recipe, plan = program.recipe, program.plan
+    hardware = _mesh.hardware_of(plan.mesh)
     shapes = {path: jax.ShapeDtypeStruct(record.shape, record.compute_dtype) for path, record in plan.records.items()}
     trained = {path for path, record in plan.records.items() if record.slot == "parameter"}
     batch = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(np.shape(leaf), leaf.dtype), recipe.batch)
 
     def mean(params: dict[str, Any], rest: dict[str, Any], batch: Any) -> Any:
-        with no_eager_sharding():
+        with no_eager_sharding(), _kernels.traced_for(hardware.kind):
             out = recipe.loss(plan.birth.build({**rest, **params}), batch)
         out = out[0] if recipe.has_aux else out
         return out[0] / jnp.maximum(out[1], 1).astype(out[0].dtype) if isinstance(out, tuple) else out
@@ -216,7 +219,7 @@ def trace(program: Program) -> Trace:
         if plan.records[path].slot in ("parameter", "frozen"):
             value.kind, value.path = "parameter", path
     block = maker.block(closed.jaxpr, inputs, [_value(var) for var in closed.jaxpr.constvars])
-    _decide(block, _mesh.hardware_of(plan.mesh).kind)
+    _decide(block, hardware.kind)
     for value, path in zip(block.outputs[1:], sorted(params), strict=True):
         _mark_gradient(block, value, path)
     return Trace(
@@ -319,11 +322,16 @@ class _Maker:
             return (closed(params["body_jaxpr"]),), 1
         if name == "cond":
             return tuple(closed(branch) for branch in params["branches"]), 1
-        if name in ("pallas_call", "custom_call", "ffi_call"):
+        known = name == "pallas_call" and kernel_work(params, _arrays(eqn.invars), _arrays(eqn.outvars), "")
+        if name in KERNELS and not known:
             self.notes.append(f"{name}: a kernel of its own, counted by the arrays that it reads and writes alone")
         if name == "shard_map":
             self.notes.append("a shard_map of the model's own is counted by the arrays that it reads and writes alone")
         return (), 1
+
+
+def _arrays(variables: Any) -> list[Any]:
+    return [var.aval for var in variables]
 
 
 def _called(eqn: Any) -> Any:
@@ -364,6 +372,7 @@ def _decide(block: Block, compiler: str) -> None:
     kept = {id(value) for value in block.outputs if value is not None}
     looped = {id(value) for op in block.ops if op.blocks for value in op.inputs if value is not None}
     handed = _handed_over(block, readers) if compiler == "cpu" else set()
+    handed |= _around_kernels(block)
     for at, op in enumerate(block.ops):
         read = {id(source): source for value in op.inputs if value is not None for source in value.sources}
         for source in read.values():
@@ -374,7 +383,8 @@ def _decide(block: Block, compiler: str) -> None:
             shared = readers.get(id(value), 0) > 1 and held > 1.25 * own
             # A mask that is broadcast before a loop is broadcast in the loop: compilers sink it.
             taken = id(value) in looped and held >= own / 4
-            value.virtual = not (op.name in HEAVY or shared or taken or id(value) in kept or id(value) in handed)
+            cut = op.name == "slice" and held >= 4 * own  # kept for its readers, and the whole is not
+            value.virtual = not (op.name in HEAVY or shared or taken or cut or id(value) in kept or id(value) in handed)
             value.sources = tuple(read.values()) if value.virtual else (value,)
     for value in block.outputs:
         for source in () if value is None else value.sources:
@@ -385,6 +395,21 @@ def _decide(block: Block, compiler: str) -> None:
             for outer, inner in zip(op.inputs[len(op.inputs) - len(each.inputs) :], each.inputs, strict=True):
                 inner.sunk = outer is not None and (outer.virtual or outer.sunk)
             _decide(each, compiler)
+
+
+def _around_kernels(block: Block) -> set[int]:
+    """What is written down because a kernel takes it or makes it; turned for that, it is written in either order."""
+    made = {id(out): op for op in block.ops for out in op.outputs}
+    taken = {id(value): value for op in block.ops if op.name in KERNELS for value in op.inputs if value is not None}
+    given = {id(value) for op in block.ops if op.name in KERNELS for value in op.outputs}
+    found = set(taken)
+    for op in block.ops:
+        if op.name == "transpose" and op.inputs[0] is not None:
+            if id(op.outputs[0]) in taken and id(op.inputs[0]) in made:
+                found.add(id(op.inputs[0]))
+            if id(op.inputs[0]) in given:
+                found.add(id(op.outputs[0]))
+    return found
 
 
 _VIEWS = {"reshape", "squeeze", "transpose", "copy", "expand_dims"}

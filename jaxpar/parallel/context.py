@@ -20,10 +20,9 @@ _METHODS = ("allgather", "ring", "ulysses", "hybrid")
 class CP(Strategy):
     """Split the sequence of the batch and of all activations over an axis.
 
-    Parameters are whole on each device of the axis, and their gradients are summed over it, in each microbatch: the
-    tokens of one sequence are not apart as those of two replicas are. Memory: activations divide by the axis size, and
-    no device ever holds a score of each query with each key. How the parts meet in `jp.attention`, with p devices,
-    moves for each layer (K and V are one device's part of keys and values):
+    Parameters are whole on each device of the axis, and their gradients are summed over it. Memory: activations divide
+    by the axis size, and no device ever holds a score of each query with each key. How the parts meet in
+    `jp.attention`, with p devices, moves for each layer (K and V are one device's part of keys and values):
 
     | method | moves forward | backward | holds |
     |---|---|---|---|
@@ -43,6 +42,11 @@ class CP(Strategy):
             balanced as it is.
         heads: For a hybrid: over how many devices of the axis heads are split.
         whole: Patterns of fields of a batch whose second dim is not the sequence. One-dim fields never have one.
+        reduce: When gradients are summed over the axis, with accumulation: `"microbatch"`, in each, for any loss; or
+            `"step"`, once, with those over replicas. The loss then runs on the tokens of each device apart, and only in
+            `jp.attention` do these meet: so all else must treat tokens one by one, by their positions, and the loss
+            return `(sum, weight)`, both sums over tokens. A shift of labels, a mean or a convolution along the sequence
+            in the model or its loss would end where a device's tokens do. `jp.verify` tells.
 
     Raises:
         ShardingError: An unknown method, or settings that do not go together.
@@ -60,6 +64,7 @@ class CP(Strategy):
     balance: Literal["zigzag", "none"] | None = None
     heads: int | None = None
     whole: str | Sequence[str] = ()
+    reduce: Literal["microbatch", "step"] = "microbatch"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "whole", (self.whole,) if isinstance(self.whole, str) else tuple(self.whole))
@@ -67,6 +72,8 @@ class CP(Strategy):
             raise ShardingError(f"CP: method={self.method!r}. Use one of {', '.join(map(repr, _METHODS))}.")
         if self.balance not in (None, "zigzag", "none"):
             raise ShardingError(f"CP: balance={self.balance!r}. Use 'zigzag' or 'none'.")
+        if self.reduce not in ("microbatch", "step"):
+            raise ShardingError(f"CP: reduce={self.reduce!r}. Use 'microbatch' or 'step'.")
         if self.method == "ulysses" and self.balance == "zigzag":
             raise ShardingError(
                 "CP: balance='zigzag' has no effect with method='ulysses', in which every device has all tokens of its "
@@ -100,12 +107,13 @@ class CP(Strategy):
             heads=heads,
             zigzag=self.balance == "zigzag" or (self.balance is None and self.method != "ulysses"),
             whole=tuple(self.whole),
+            reduce=self.reduce,
         )
         order = "in zigzag order, as plan.batch brings it" if draft.context.zigzag else "in its own order"
         draft.notes.append(
             f"sequences split over {self.axis}={size} {order}; under a causal mask the mean device has "
             f"{balance(draft.context):.0%} of the work of the busiest. Each jp.attention: {_moves(draft.context)}. "
-            "Gradients are summed over this axis once a microbatch."
+            f"Gradients are summed over this axis once a {self.reduce}."
         )
 
 

@@ -12,9 +12,12 @@ import pathlib
 import socket
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 SECONDS = 1.0
+JUMP_SECONDS = 60.0  # by which the wall clock must differ from one beat to the next to be told
+MOST_JUMPS = 10  # told of one process: a clock that swings would fill the events
 SIZE = 512  # bytes of a record: always the same, so that a rewrite in place needs no room on a full disk
 
 
@@ -53,11 +56,17 @@ class Beat:
         process: The process's index.
         attempt: Which start of the group this is.
         each_step: Write at each step too, so that a reader knows in which one the process died.
+        on_jump: Called with the seconds by which the wall clock was set forth, or back if they are negative.
     """
 
-    def __init__(self, directory: pathlib.Path, process: int, *, attempt: int, each_step: bool) -> None:
+    def __init__(
+        self, directory: pathlib.Path, process: int, *, attempt: int, each_step: bool,
+        on_jump: Callable[[float], object] = lambda _: None,
+    ) -> None:  # fmt: skip
         self.path = place(directory, process)
         self._each_step = each_step
+        self._on_jump = on_jump
+        self._num_jumps = 0
         self._said: dict[str, Any] = {
             "process": process, "host": socket.gethostname(), "pid": os.getpid(), "step": 0, "total": 0, "beats": 0,
             "time": 0.0, "state": "runs", "attempt": attempt,
@@ -97,7 +106,12 @@ class Beat:
         self._write()
 
     def _work(self) -> None:
+        ahead = _ahead()
         while not self._ended.wait(SECONDS):
+            before, ahead = ahead, _ahead()
+            if abs(ahead - before) > JUMP_SECONDS and self._num_jumps < MOST_JUMPS:
+                self._num_jumps += 1
+                self._on_jump(ahead - before)
             self._write()
 
     def _write(self) -> None:
@@ -109,6 +123,11 @@ class Beat:
                 os.pwrite(descriptor, text.encode(), 0)
             finally:
                 os.close(descriptor)
+
+
+def _ahead() -> float:
+    """The wall clock's seconds before the clock that nobody sets."""
+    return time.time() - time.monotonic()
 
 
 def place(directory: pathlib.Path, process: int) -> pathlib.Path:

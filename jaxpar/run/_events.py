@@ -20,6 +20,8 @@ from typing import Any
 
 import jax
 
+from ._lines import Lines
+
 KINDS = {
     "start": "A process begins after `step`: 0, or the one to be restored; it does `again` steps once more.",
     "restore": "The state of `step` was read.",
@@ -31,6 +33,7 @@ KINDS = {
     "error": "A process ends by an exception that nobody caught: its last words.",
     "hang": "A step takes far longer than those before; `stacks` says where each process stands.",
     "slow": "One process is slower than the others, and named.",
+    "clock": "A wall clock jumped by `seconds`.",
     "nan": "A loss or gradient is not a number, or infinite.",
     "spike": "A loss is far above those before.",
     "rollback": "The run goes back to the checkpoint of `step`.",
@@ -100,9 +103,12 @@ class Events:
     def __init__(self, directory: str | os.PathLike[str], process: int | str | None = None) -> None:
         self.directory = pathlib.Path(directory)
         self._process = process
+        self._lines: Lines | None = None
 
     def write(self, kind: str, text: str, *, step: int | None = None, **more: Any) -> None:
         """Add a line, in one write. A disk that refuses it is logged, not raised: the run matters more.
+
+        The line then waits for room, and goes before the next.
 
         Args:
             kind: One of `KINDS`.
@@ -122,13 +128,16 @@ class Events:
             "text": " ".join(text.split()),
             **more,
         }
-        path = self.directory / "events.jsonl"
-        if process not in (0, LAUNCHER):
-            path = self.directory / "events" / f"process_{process}.jsonl"
-        try:
-            _append(path, json.dumps(record))
-        except OSError as error:
-            _log.error("%s: %s, so this event is only in the log: %s", path, error, text)
+        if self._lines is None:
+            name = "events.jsonl" if process in (0, LAUNCHER) else f"events/process_{process}.jsonl"
+            self._lines = Lines(self.directory / name)
+        if error := self._lines.add(json.dumps(record)):
+            _log.error("%s: %s, so this event is in the log alone for now: %s", self._lines.path, error, text)
+
+    def flush(self) -> None:
+        """Write the lines that wait for room on the disk, if there is some by now."""
+        if self._lines is not None:
+            self._lines.flush()
 
 
 def read(directory: str | os.PathLike[str]) -> list[Event]:
@@ -161,15 +170,3 @@ def _in_order(file: pathlib.Path) -> Iterator[tuple[str, Event]]:
 
 
 _FIELDS = [field.name for field in dataclasses.fields(Event) if field.name != "more"]
-
-
-def _append(path: pathlib.Path, line: str) -> None:
-    """Add `line` to `path`, and first end the line before, if a full disk cut it short."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
-    try:
-        size = os.fstat(descriptor).st_size
-        begin = "\n" if size and os.pread(descriptor, 1, size - 1) != b"\n" else ""
-        os.write(descriptor, f"{begin}{line}\n".encode())
-    finally:
-        os.close(descriptor)

@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import os
 import pathlib
+import re
 import signal
 import socket
 import subprocess
@@ -22,6 +23,8 @@ from . import _launched, _logs
 
 COLOURS = (36, 33, 35, 32, 34, 31, 96, 93)  # of a terminal, by rank
 MOST_LINES = 10_000  # held until it is known where they go
+TAIL, MOST_WORDS = 30, 300  # lines in which an exception is looked for; characters of last words
+EXCEPTION = re.compile(r"[A-Za-z_][\w.]*(Error|Exception|Interrupt|Exit): ")
 
 # What a process does before it becomes the command: ask Linux to kill it when the launcher dies, however that dies.
 # (`preexec_fn` would do it too, and runs JAX's own hooks against forking.)
@@ -44,7 +47,7 @@ class Ended:
         pid: Its number.
         code: As `subprocess` has it: negative for a signal.
         at: When, by `time.monotonic`.
-        words: The last line that it wrote.
+        words: The last line that it wrote, or the exception that it ended by.
     """
 
     rank: int
@@ -67,6 +70,7 @@ class Member:
         self._place = place
         self._lines: collections.deque[str] = collections.deque(maxlen=MOST_LINES)
         self._words = ""
+        self._tail: collections.deque[str] = collections.deque(maxlen=TAIL)
         self._process = subprocess.Popen(
             _tied(command),
             env=dict(env),
@@ -100,15 +104,15 @@ class Member:
                 self._take(line.decode(errors="replace").rstrip("\n"))
         code = self._process.wait()
         self._keep()
-        self.ended = Ended(
-            rank=self.rank, slot=self.slot, pid=self.pid, code=code, at=time.monotonic(), words=self._words
-        )
+        words = (_exception(self._tail) if code > 0 else "") or self._words
+        self.ended = Ended(rank=self.rank, slot=self.slot, pid=self.pid, code=code, at=time.monotonic(), words=words)
 
     def _take(self, line: str) -> None:
         _show(self.rank, line)
         self._lines.append(line)
+        self._tail.append(line)
         if line.strip(" -") and not line.startswith("[Gloo]"):  # which greets on every connection
-            self._words = line.strip()[:300]
+            self._words = line.strip()[:MOST_WORDS]
         self._keep()
 
     def _keep(self) -> None:
@@ -186,6 +190,12 @@ class Group:
         self.signal(signal.SIGKILL)
         for member in self.members:
             member.join()
+
+
+def _exception(tail: Sequence[str]) -> str:
+    """The exception by which Python ended, in one line; messages of several lines say first what is the matter."""
+    begins = [at for at, line in enumerate(tail) if EXCEPTION.match(line)]
+    return " ".join(" ".join(list(tail)[begins[-1] :]).split())[:MOST_WORDS] if begins else ""
 
 
 def _tied(command: Sequence[str]) -> list[str]:

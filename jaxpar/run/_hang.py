@@ -1,17 +1,20 @@
 """A step that does not end: each process says where it stands, and leaves with a code that asks to be restarted.
 
-How long a step may take is learned from those before. When it is over, a thread writes the stacks of all threads of its
-process to `stacks/step_613/process_2.txt`, one readable line to the events, waits until the other processes have done
-the same (they hang too, in the collective that one of them does not enter), and ends the process with code 74. It
-cannot do so while other code holds the interpreter's lock; a launcher then misses the process's heartbeat.
+How long a step may take is learned from those before, on all processes alike; time in which a process does not run at
+all (stopped, swapped out) is no step's. When it is over, a thread writes one readable line to the events and the stacks
+of all threads to `stacks/step_613/process_2.txt`, waits until the other processes have done the same (they hang too, in
+the collective that one of them does not enter), and ends the process with code 74. It cannot do so while other code
+holds the interpreter's lock; a launcher then misses the process's heartbeat.
 """
 
 import collections
+import contextlib
 import dataclasses
 import faulthandler
 import logging
 import os
 import pathlib
+import socket
 import sys
 import sysconfig
 import threading
@@ -25,7 +28,8 @@ from ._every import parse_every
 from ._exits import HUNG
 
 STEPS_KNOWN = 200  # steps from which the deadline is learned
-GRACE_SECONDS = 15.0  # for the other processes to write their stacks; they learn their deadlines each by itself
+GRACE_SECONDS = 15.0  # for the other processes to write their stacks: they began the step a little sooner or later
+LAST_SECONDS = 2.0  # by which process 0 leaves later than the others, as its end aborts them with another code
 LOOK_SECONDS = 1.0  # between two looks at how long a step takes
 
 _log = logging.getLogger("jaxpar.run")
@@ -84,8 +88,10 @@ class Watchdog:
         self._step = 0
         self._began: float | None = None
         self._loop_thread = threading.get_ident()
+        self._due = 0.0  # when the thread looks next
         self._changed = threading.Condition()
         self._ended = False
+        self._has_given_up = False
         self._thread: threading.Thread | None = None
 
     def begin(self, step: int) -> None:
@@ -93,55 +99,74 @@ class Watchdog:
         with self._changed:
             self._step, self._began, self._loop_thread = step, time.monotonic(), threading.get_ident()
             if self._thread is None:
+                self._due = self._began
                 self._thread = threading.Thread(target=self._watch, name="jaxpar hang", daemon=True)
                 self._thread.start()
 
-    def end(self) -> None:
-        """The step is over: nothing is watched until the next begins. What a save takes is no step's time."""
+    def so_far(self) -> float:
+        """Seconds that the step has taken up to now; 0 between steps."""
+        with self._changed:
+            return time.monotonic() - self._began if self._began is not None else 0.0
+
+    def end(self, longest: float = 0.0) -> None:
+        """The step is over: nothing is watched until the next begins. What a save takes is no step's time.
+
+        Args:
+            longest: Seconds that it took any process, as they agreed: those that learn the same give up together.
+        """
         with self._changed:
             if self._began is not None:
                 self._num_steps += 1
                 if self._num_steps > 1:  # the first compiles
-                    self._before.append(time.monotonic() - self._began)
+                    self._before.append(max(time.monotonic() - self._began, longest))
             self._began = None
 
     def close(self) -> None:
-        """End the thread."""
+        """End the thread. If it has given a step up, it ends the process: what else goes wrong is a consequence."""
         with self._changed:
             self._ended = True
             self._changed.notify()
-        if self._thread is not None:
-            self._thread.join(timeout=1.0)
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join(timeout=None if self._has_given_up else LOOK_SECONDS)
 
     def _watch(self) -> None:
+        while (given_up := self._next_given_up()) is not None:
+            self._report(*given_up)  # without the lock: the loop may go on, and end, while a person is at it
+
+    def _next_given_up(self) -> tuple[int, float] | None:
+        """The next step that takes too long, and its seconds; `None` at the end."""
         with self._changed:
             while not self._ended:
-                if self._began is None:
-                    self._changed.wait(LOOK_SECONDS)
-                    continue
-                seconds = time.monotonic() - self._began
-                deadline = self._hang.deadline(self._before)
-                if seconds < deadline:
+                now = time.monotonic()
+                if self._began is not None:
+                    # As late as this thread looks, the process did not run, or hardly: no fault of the step.
+                    self._began = min(self._began + max(now - self._due, 0.0), now)
+                    left = self._hang.deadline(self._before) - (now - self._began)
+                    if left <= 0:
+                        seconds, self._began, self._has_given_up = now - self._began, None, True
+                        return self._step, seconds
                     # A step that ends meanwhile does not wake this thread, and the first, which may take an hour, sets
                     # no deadline for those after it: it looks again by itself.
-                    self._changed.wait(min(deadline - seconds, LOOK_SECONDS))
-                    continue
-                self._began = None
-                self._report(self._step, seconds)
+                    self._due = now + min(left, LOOK_SECONDS)
+                else:
+                    self._due = now + LOOK_SECONDS
+                self._changed.wait(self._due - now)
+        return None
 
     def _report(self, step: int, seconds: float) -> None:
         name = f"stacks/step_{step}/process_{self._process}.txt"
         path = self._events.directory / name
+        written = path.with_suffix(".tmp")
         usual = "it is the first"
         if self._before:
             usual = f"none of the last {len(self._before)} took more than {max(self._before):.3g} s"
         text = (
-            f"Process {self._process} hangs in step {step}: {seconds:.0f} s, and {usual}. "
+            f"Process {self._process} on {socket.gethostname()} hangs in step {step}: {seconds:.0f} s, and {usual}. "
             f"It stands at {_place(self._loop_thread)}"
         )
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with path.open("w") as file:
+            with written.open("w") as file:
                 file.write(f"{text}\n\n")
                 file.flush()
                 faulthandler.dump_traceback(file, all_threads=True)
@@ -151,19 +176,24 @@ class Watchdog:
         text = f"{text}; stacks: {name}. {what}"
         _log.error("%s", text)
         self._events.write("hang", text, step=step, seconds=round(seconds, 1), stacks=name)
+        with contextlib.suppress(OSError):
+            written.rename(path)  # by which the others see that all is said here: they may leave
         silent = self._silent(path.parent)
         speakers = [each for each in range(self._processes) if each not in silent]
         if silent and self._process == min(speakers, default=self._process):
             others = ", ".join(map(str, silent))
             text = (
                 f"No word from process {others} in step {step}, {GRACE_SECONDS:.0f} s after process {self._process} "
-                "gave it up: dead, frozen, or still at work."
+                f"gave it up: dead, frozen, or still at work. Process {self._process} does not wait for it."
             )
             _log.error("%s", text)
             self._events.write("hang", text, step=step, silent=silent)
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
+        if self._process == 0 and self._processes > 1:
+            time.sleep(LAST_SECONDS)
         self._leave(HUNG)
+        self._has_given_up = False  # left alone
 
     def _silent(self, directory: pathlib.Path) -> list[int]:
         """The processes that have not written their stacks when patience ends."""

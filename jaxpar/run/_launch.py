@@ -38,6 +38,7 @@ POLL = 0.1
 SETTLE = 0.2  # in which the ends of others are seen, so that the cause is named rather than the first that was noticed
 OUT_AFTER = 2  # failures of one place before its first step, one after another
 MOST_BACKOFF = 60.0
+MOST_WORDS = 240  # characters of last words that are repeated
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -143,6 +144,7 @@ class _Supervisor:
         self.regrow = what.regrow
         self.asked = 0  # the signal that asks to stop
         self.asked_at = float("inf")
+        self.events: Events | None = None
 
     def run(self) -> int:
         with self._signals():
@@ -169,6 +171,8 @@ class _Supervisor:
         is_growing, told = False, False
         while True:
             time.sleep(POLL)
+            if self.events is not None:
+                self.events.flush()  # what a full disk refused
             ended = group.ended()
             bad = _failed(ended)
             if self.asked and not told:
@@ -245,15 +249,16 @@ class _Supervisor:
             "frozen": f"froze {where}: {failure.words}; killed.",
             "stuck": f"is stuck {where}: {failure.words}; killed.",
         }[failure.kind]
-        said = f" Last words: {failure.words[:120].rstrip('.')}." if failure.kind == "died" and failure.words else ""
+        words = failure.words if len(failure.words) <= MOST_WORDS else f"{failure.words[: MOST_WORDS - 4]} ..."
+        said = f" Last words: {words.rstrip('.')}." if failure.kind == "died" and words else ""
         others = " The others, which wait for it, were killed." if count > 1 else ""
-        text = f"Process {failure.rank} of {count} on {socket.gethostname()} (pid {failure.pid}) {how}{said}{others}"
+        text = f"Process {failure.rank} of {count} on {socket.gethostname()} (pid {failure.pid}) {how}{others}"
         why = self._why_not()
         lost = self._leave_out(failure) if why is None else ""
         pause = min(self.what.backoff * 2 ** (self.in_row - 1), MOST_BACKOFF)
         back = f"from step {self.saved}" if self.saved is not None else "from the beginning"
         then = f"Giving up: {why}" if why else f"Starting {len(self.slots)} again in {pause:.1f} s, {back}."
-        self._say(failure.kind, f"{text} {then}", step=failure.step, rank=failure.rank, code=failure.code,
+        self._say(failure.kind, f"{text} {then}{said}", step=failure.step, rank=failure.rank, code=failure.code,
                   words=failure.words, saved=self.saved, processes=count)  # fmt: skip
         if lost:
             self._say("lost", lost, slot=failure.slot, processes=len(self.slots))
@@ -314,7 +319,8 @@ class _Supervisor:
     def _last_words(self, ended: Ended) -> str:
         run = _launched.told_run(self.place)
         told = [event for event in read(run) if event.kind in LAST and event.pid == ended.pid] if run else []
-        return str(told[-1].more.get("words", told[-1].text)) if told else ended.words
+        words = str(told[-1].more.get("words", told[-1].text)) if told else ended.words
+        return words.replace(f"{run}{os.sep}", "") if run else words  # it stands in the run's own events
 
     def _saved(self) -> int | None:
         """The last checkpoint that a process says is complete."""
@@ -333,8 +339,10 @@ class _Supervisor:
         self._write(kind, text, step=step, **more)
 
     def _write(self, kind: str, text: str, *, step: int | None = None, **more: object) -> None:
-        if run := _launched.told_run(self.place):
-            Events(run, LAUNCHER).write(kind, text, step=step, **more)
+        if self.events is None and (run := _launched.told_run(self.place)):
+            self.events = Events(run, LAUNCHER)
+        if self.events is not None:
+            self.events.write(kind, text, step=step, **more)
 
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:

@@ -29,11 +29,11 @@ from .. import _processes, checkpoint
 from .._crash import on_crash
 from .._errors import CheckpointError, StepError, listed
 from .._types import PyTree
-from ..checkpoint import Keep
+from ..checkpoint import Keep, _orbax
 from ..checkpoint._about import versions
 from ..checkpoint._parts import plain_json, take_apart
 from ..checkpoint._restore import restore_valid
-from ..checkpoint._steps import drop_after, newest, none_valid, root, set_aside, tidy
+from ..checkpoint._steps import drop_after, newest, none_valid, prune_known, root, set_aside, tidy
 from . import _exits, _launched, _signals
 from ._beat import Beat, pulses
 from ._events import Events
@@ -122,7 +122,7 @@ class Run:
         self._backs: list[int] = []  # steps from which the run went back
         self._is_followed = False  # whether the loop takes its state from the run
         self._tells_no_more = False
-        self._keep = keep
+        self._keep = Keep(last=keep) if isinstance(keep, int) else keep
         self._name = name
         self._metadata = {"run": name, **plain_json(dict(metadata or {}), "metadata")}
         shown = (Console(),) if writers is None else tuple(writers)
@@ -137,6 +137,7 @@ class Run:
         self._behind: tuple[int, dict[str, Any]] | None = None  # of the step before, still on the devices perhaps
         self._saving: checkpoint.Saving | None = None
         self._saved_at = time.monotonic()
+        self._sound: int | None = None  # the last step that was restored or saved
         self._stop_reason: str | None = None
         self._beat: Beat | None = None
         self._forget: Callable[[], None] = lambda: None
@@ -184,11 +185,12 @@ class Run:
         self._begin(latest or 0)
         if latest is not None:
             state = restore_valid(self._checkpoints / str(latest), state, donate=donate)
-            self.step = latest
+            self.step = self._sound = latest
             text = f"{self.directory}: going on after step {latest}."
             _processes.say(logging.INFO, "%s", text)
             if _processes.is_first():
                 self.events.write("restore", text, step=latest)
+        _orbax.prepare()
         self._state = state
         self._skipped = Skipped(self.directory)
         self._watch.start(self.step, self.directory / "metrics.jsonl")
@@ -260,7 +262,7 @@ class Run:
         """The newest valid step; what is damaged after it is set aside, so that its number is free again."""
         if _processes.is_first():
             for step in tidy(self._checkpoints):
-                text = f"{self._checkpoints}: step {step} is incomplete and was set aside."
+                text = f"{self._checkpoints}: step {step} is incomplete and was set aside, as {step}.incomplete."
                 self.events.write("set_aside", text, step=step, why="incomplete")
                 _processes.say(logging.WARNING, "%s", text)
         found = newest(self._checkpoints)
@@ -268,7 +270,7 @@ class Run:
             raise none_valid(self._checkpoints, found.damaged)
         for step, lines in found.damaged.items() if _processes.is_first() else ():
             set_aside(self._checkpoints, step, "damaged")
-            text = f"{self._checkpoints}: step {step} is damaged ({lines[0]}) and was set aside."
+            text = f"{self._checkpoints}: step {step} is damaged ({lines[0]}) and was set aside, as {step}.damaged."
             self.events.write("set_aside", text, step=step, why=lines[0])
         return found.step
 
@@ -277,7 +279,11 @@ class Run:
         process, count = jax.process_index(), jax.process_count()
         before = pulses(self.directory).get(process)
         again = max(0, before.step - step) if before else 0
-        self._beat = Beat(self.directory, process, attempt=_launched.attempt(), each_step=_launched.is_launched())
+        listener = weakref.WeakMethod(self._tell_jump)
+        self._beat = Beat(
+            self.directory, process, attempt=_launched.attempt(), each_step=_launched.is_launched(),
+            on_jump=lambda seconds: listen(seconds) if (listen := listener()) else None,
+        )  # fmt: skip
         self._beat.once(step)
         self.events.write(
             "start",
@@ -291,12 +297,23 @@ class Run:
         )
 
     def _on_crash(self, error: BaseException) -> None:
+        self._watch.close()
         said = " ".join(str(error).split())
         words = f"{type(error).__name__}: {said[:400]}"
-        text = f"Process {jax.process_index()} on {socket.gethostname()} ended in step {self.step}: {words}"
+        ended = f"Process {jax.process_index()} on {socket.gethostname()} ended in step {self.step}"
+        text = f"{ended}; started again, it goes on from {self._told_sound()}. {words}"
         self.events.write("error", text, step=self.step, words=words)
         if self._beat is not None:
             self._beat.stop("error")
+
+    def _tell_jump(self, seconds: float) -> None:
+        where = f"of process {jax.process_index()} on {socket.gethostname()}"
+        how = f"{seconds:.0f} s forth (or its machine slept)" if seconds > 0 else f"{-seconds:.0f} s back"
+        text = f"The clock {where} jumped {how} in step {self.step}. Nothing was done: no step goes by it."
+        self.events.write("clock", text, step=self.step, seconds=round(seconds))
+
+    def _told_sound(self) -> str:
+        return "the beginning" if self._sound is None else f"step {self._sound}"
 
     def _steps(self, total: int) -> Iterator[int]:
         with _signals.caught() as request, kept_log(self.directory, jax.process_index()):
@@ -334,10 +351,10 @@ class Run:
         self._send_metrics()
         # One collective for all that the processes must agree on. The time is that of process 0.
         is_time = int(_processes.is_first() and self._is_time())
-        rows = _processes.gathered(request.number, is_time, own, *self._watch.codes())
-        number, is_due, *_ = (max(column) for column in zip(*rows, strict=True))
-        self._watch.compared(self.step, [row[2] for row in rows])
-        fault = self._watch.fault(*max((row[3], row[4]) for row in rows))
+        rows = _processes.gathered(request.number, is_time, own, self._watch.milliseconds(), *self._watch.codes())
+        number, is_due, _, longest, *_ = (max(column) for column in zip(*rows, strict=True))
+        self._watch.compared(self.step, [row[2] for row in rows], longest)
+        fault = self._watch.fault(*max((row[4], row[5]) for row in rows))
         fault = fault or self._watch.replicas(self.step, lambda: _arrays(self._state))
         if fault is not None and self._go_back(fault):
             return
@@ -391,14 +408,17 @@ class Run:
         try:
             saving.wait()
         except CheckpointError as error:
-            self.events.write("save_failed", str(error), step=saving.step)
+            ends = f"Process {jax.process_index()} on {socket.gethostname()} ends"
+            text = f"{error} {ends}; started again, it goes on from {self._told_sound()}."
+            self.events.write("save_failed", text, step=saving.step)
             raise
+        self._sound = saving.step
         text = f"{self.directory}: step {saving.step} is saved."
         _processes.say(logging.INFO, "%s", text)
         if _processes.is_first():
             self.events.write("save", text, step=saving.step)
         if self._keep is not None:
-            checkpoint.prune(self._checkpoints, self._keep)
+            prune_known(self._checkpoints, self._keep, valid=saving.step)
 
     def _go_back(self, fault: Fault) -> bool:
         """Go back to the last checkpoint before a fault; whether that was done."""
@@ -439,6 +459,7 @@ class Run:
         if found is None or found > step:
             raise none_valid(self._checkpoints, {})
         self._state = restore_valid(self._checkpoints / str(found), self._state, donate=bool(self._loose))
+        self._sound = found
         self.step, self._saved_at, self._seen = found, time.monotonic(), _weak(_arrays(self._state))
         self._watch.back_to(found)
         return True

@@ -51,6 +51,7 @@ class Watch:
         self._watchdog: Watchdog | None = None
         self._events = events
         self._began, self._waited = time.monotonic(), 0.0
+        self._longest = 0.0  # seconds that this step took any process
         self._fault: Fault | None = None
         self._equal_at = 0  # the last step whose replicas were compared, and equal
 
@@ -78,12 +79,16 @@ class Watch:
             )
         if self._watchdog is not None:
             self._watchdog.begin(step)
-        self._began, self._waited = time.monotonic(), _waits.seconds()
+        self._began, self._waited, self._longest = time.monotonic(), _waits.seconds(), 0.0
 
     def own_microseconds(self) -> int:
         """What this process took so far in this step."""
         own = time.monotonic() - self._began - (_waits.seconds() - self._waited)
         return min(round(1e6 * own), 2**31 - 1)
+
+    def milliseconds(self) -> int:
+        """What this step took so far, waiting and all."""
+        return min(round(1e3 * self._watchdog.so_far()), 2**31 - 1) if self._watchdog is not None else 0
 
     def seen(self, step: int, metrics: Mapping[str, float]) -> None:
         """The metrics of `step`, which may be the one before the last."""
@@ -107,8 +112,9 @@ class Watch:
         skip = (step - 1, step) if code == len(CODES) - 1 else (step,)
         return Fault(kind=CODES[code], step=step, text=text, sound=sound, skip=skip)
 
-    def compared(self, step: int, microseconds: Sequence[int]) -> None:
-        """What each process took by itself in this step."""
+    def compared(self, step: int, microseconds: Sequence[int], milliseconds: int) -> None:
+        """What each process took by itself in this step, and what the slowest took with all that it waited for."""
+        self._longest = 1e-3 * milliseconds
         if self._comparison is None:
             return
         for process, text in self._comparison.seen([1e-6 * each for each in microseconds]).items():
@@ -135,7 +141,7 @@ class Watch:
     def end(self) -> None:
         """The step is over; saving is no part of it."""
         if self._watchdog is not None:
-            self._watchdog.end()
+            self._watchdog.end(self._longest)
 
     def close(self) -> None:
         """The loop is left."""

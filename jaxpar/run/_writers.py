@@ -1,6 +1,7 @@
 """Where metrics go. Anything with `write` and `close` is a writer."""
 
 import json
+import logging
 import os
 import pathlib
 import sys
@@ -8,8 +9,12 @@ import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
+from ._lines import Lines
+
 if TYPE_CHECKING:
     from tensorboardX import SummaryWriter
+
+_log = logging.getLogger("jaxpar.run")
 
 
 @runtime_checkable
@@ -42,17 +47,22 @@ class JSONLines:
     """One JSON object a line, in a file: `{"step": 12, "time": 1767225600.0, "loss": 2.5}`.
 
     Appends, so a step that a run repeats after a crash is there twice: the later line holds. `NaN` and `Infinity` are
-    written so, as Python and pandas read them.
+    written so, as Python and pandas read them. On a full disk lines wait for room; metrics are no reason to end a run.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = pathlib.Path(path)
+        self._lines = Lines(self.path)
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        append_line(self.path, {"step": step, "time": round(time.time(), 3), **metrics})
+        error = self._lines.add(json.dumps({"step": step, "time": round(time.time(), 3), **metrics}))
+        if error and self._lines.held == 1:
+            _log.warning("%s: %s, so metrics from step %d on wait until there is room.", self.path, error, step)
 
     def close(self) -> None:
-        """Nothing is held back: a line is on disk when `write` returns."""
+        """Try once more what the disk refused; else a line is on disk when `write` returns."""
+        if error := self._lines.flush():
+            _log.error("%s: %s, so %d lines of metrics are lost.", self.path, error, self._lines.held)
 
 
 class Console:
@@ -111,10 +121,3 @@ class TensorBoard:
         if self._opened is not None:
             self._opened.close()
             self._opened = None
-
-
-def append_line(path: pathlib.Path, record: Mapping[str, object]) -> None:
-    """Add `record` to the JSON lines of `path`, in one write."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file:
-        file.write(json.dumps(record) + "\n")

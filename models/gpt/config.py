@@ -24,6 +24,7 @@ class Config:
         bias: Whether matrices and norms have biases.
         norm_eps: Added to the variance.
         rope_theta: The longest rotary wavelength is about 2π times this.
+        window: How many positions each sees, its own and those before; all of them if `None`.
         dropout: Rate, after the embedding and after each half of a block.
         remat: What the backward pass of a block keeps, by `jp.Stack`'s names.
     """
@@ -42,6 +43,7 @@ class Config:
     bias: bool
     norm_eps: float = 1e-5
     rope_theta: float = 10_000.0
+    window: int | None = None
     dropout: float = 0.0
     remat: Literal["full", "dots", "none"] = "full"
 

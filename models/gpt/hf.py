@@ -1,109 +1,48 @@
-"""Weights of GPT-2 and Llama as Hugging Face keeps them: `read_config`, `load`, `save`.
+"""Weights of GPT-2, Llama and Mistral as Hugging Face keeps them: `read_config`, `load`, `save`.
 
 Notable: transformers rotates features i and i + H/2 together, as `rotate` does, so queries and keys keep their order
 (Meta's own Llama files pair neighbours, and are not these). Linear layers of Llama are stored transposed; those of
-GPT-2 are not, and its queries, keys and values are one matrix.
+GPT-2 are not, and its queries, keys and values are one matrix. Mistral is Llama with a window.
 """
 
-import json
-import os
-import pathlib
-from typing import Any
-
-import jaxpar as jp
 from jaxpar.checkpoint import Tensor
+from models import hf
 
 from .config import Config
-from .model import GPT
 
 IGNORED = (
     "*.attn.bias",  # masks, which old files of GPT-2 hold as tensors
     "*.attn.masked_bias",
     "*.rotary_emb.inv_freq",
+    "lm_head.weight",  # a copy of the embedding, where they are tied
 )
 
 
-def layout(cfg: Config, *, prefix: str | None = None) -> dict[str, Tensor]:
-    """Where each leaf of `GPT(cfg)` lives in files of transformers.
-
-    Args:
-        cfg: The shape.
-        prefix: Before all names but the head's; what `save_pretrained` writes if not given.
-    """
+def layout(cfg: Config) -> hf.Layout:
+    """Where each leaf of `GPT(cfg)` lives in files of transformers."""
     if cfg.norm == "layer":
-        return _gpt2(cfg, "transformer." if prefix is None else prefix)
-    return _llama(cfg, "model." if prefix is None else prefix)
+        return _gpt2(cfg)
+    found = decoder(cfg)
+    for name in ("up", "gate", "down"):
+        found |= hf.linear(f"blocks.each.mlp.{name}", f"model.layers.{{}}.mlp.{name}_proj", bias=False)
+    return found
 
 
-def load(directory: str | os.PathLike[str], model: GPT, *, cast: bool = False) -> GPT:
-    """Read the weights in `directory` into `model`, onto its shardings, and return it.
-
-    Args:
-        directory: What `save_pretrained` wrote, or a hub's snapshot.
-        model: Sharded as a plan has it, or abstract with shardings.
-        cast: Round to the dtypes of `model`.
-
-    Example:
-        >>> cfg = read_config("gpt2")  # doctest: +SKIP
-        >>> program = recipe(cfg, batch=8).on(jp.mesh(fsdp=-1))  # doctest: +SKIP
-        >>> state = program.init()  # doctest: +SKIP
-        >>> model = load("gpt2", state["model"])  # doctest: +SKIP
-    """
-    home = pathlib.Path(directory)
-    prefix = "" if _is_bare(home, model.cfg) else None
-    head = ("lm_head.weight",) if model.cfg.tied else ()  # a copy of the embedding
-    return jp.checkpoint.load_safetensors(
-        home, model, layout(model.cfg, prefix=prefix), ignore=(*IGNORED, *head), cast=cast
-    )
+def decoder(cfg: Config) -> hf.Layout:
+    """The leaves of a Llama but for its MLPs: those of every decoder that transformers made after it."""
+    block, ours = "model.layers.{}.", "blocks.each."
+    found = {"embed.embedding": Tensor("model.embed_tokens.weight"), "norm.scale": Tensor("model.norm.weight")}
+    found[f"{ours}attn_norm.scale"] = Tensor(f"{block}input_layernorm.weight")
+    found[f"{ours}mlp_norm.scale"] = Tensor(f"{block}post_attention_layernorm.weight")
+    for name in "qkvo":
+        found |= hf.linear(f"{ours}attn.{name}", f"{block}self_attn.{name}_proj", bias=False)
+    return found | _head(cfg)
 
 
-def save(
-    directory: str | os.PathLike[str], model: GPT, *, dtype: str | None = None, file_bytes: int = 5_000_000_000
-) -> None:
-    """Write `model` so that `transformers.AutoModelForCausalLM.from_pretrained(directory)` reads it.
-
-    Args:
-        directory: Must not exist.
-        model: Sharded or not.
-        dtype: Of all weights: `"bfloat16"`; as they are if `None`.
-        file_bytes: The most that one file holds.
-    """
-    cfg = model.cfg
-    kind = dtype or str(model.embed.embedding[...].dtype)
-    jp.checkpoint.save_safetensors(
-        directory, model, layout(cfg), dtype=dtype, file_bytes=file_bytes,
-        beside={"config.json": {**_to_json(cfg), "dtype": kind, "torch_dtype": kind}},
-    )  # fmt: skip
-
-
-def read_config(directory: str | os.PathLike[str]) -> Config:
-    """The shape that `config.json` describes.
-
-    Raises:
-        ValueError: Naming everything that `GPT` does not compute as the file says.
-    """
-    path = pathlib.Path(directory) / "config.json"
-    said = json.loads(path.read_text(encoding="utf-8"))
-    kind = said.get("model_type")
-    if kind not in ("gpt2", "llama"):
-        raise ValueError(f"{path}: model_type is {kind!r}, and `models.gpt` reads 'gpt2' and 'llama'.")
-    cfg, expected = (_from_gpt2 if kind == "gpt2" else _from_llama)(said)
-    lines = [
-        f"{name}: {said[name]!r}, and `models.gpt` computes {value!r}"
-        for name, value in expected.items()
-        if name in said and said[name] != value
-    ]
-    if lines:
-        raise ValueError("\n".join([f"{path} is another model than `models.gpt`.", *lines, "Use a model of its own."]))
-    return cfg
-
-
-def _gpt2(cfg: Config, prefix: str) -> dict[str, Tensor]:
-    block, ours = f"{prefix}h.{{}}.", "blocks.each."
-    found = {"embed.embedding": Tensor(f"{prefix}wte.weight"), "positions": Tensor(f"{prefix}wpe.weight")}
-    for norm, theirs in (("attn_norm", "ln_1"), ("mlp_norm", "ln_2")):
-        found[f"{ours}{norm}.scale"] = Tensor(f"{block}{theirs}.weight")
-        found[f"{ours}{norm}.bias"] = Tensor(f"{block}{theirs}.bias")
+def _gpt2(cfg: Config) -> hf.Layout:
+    block, ours = "transformer.h.{}.", "blocks.each."
+    found = {"embed.embedding": Tensor("transformer.wte.weight"), "positions": Tensor("transformer.wpe.weight")}
+    found |= hf.norm(f"{ours}attn_norm", f"{block}ln_1") | hf.norm(f"{ours}mlp_norm", f"{block}ln_2")
     start = 0
     for name, heads in (("q", cfg.num_heads), ("k", cfg.num_kv_heads), ("v", cfg.num_kv_heads)):
         stop = start + heads * cfg.head_dim
@@ -113,35 +52,14 @@ def _gpt2(cfg: Config, prefix: str) -> dict[str, Tensor]:
     for name, theirs in (("attn.o", "attn.c_proj"), ("mlp.up", "mlp.c_fc"), ("mlp.down", "mlp.c_proj")):
         found[f"{ours}{name}.kernel"] = Tensor(f"{block}{theirs}.weight")
         found[f"{ours}{name}.bias"] = Tensor(f"{block}{theirs}.bias")
-    found |= {"norm.scale": Tensor(f"{prefix}ln_f.weight"), "norm.bias": Tensor(f"{prefix}ln_f.bias")}
-    return found | _head(cfg)
+    return found | hf.norm("norm", "transformer.ln_f") | _head(cfg)
 
 
-def _llama(cfg: Config, prefix: str) -> dict[str, Tensor]:
-    block, ours = f"{prefix}layers.{{}}.", "blocks.each."
-    names = {
-        "attn.q": "self_attn.q_proj", "attn.k": "self_attn.k_proj", "attn.v": "self_attn.v_proj",
-        "attn.o": "self_attn.o_proj", "mlp.up": "mlp.up_proj", "mlp.gate": "mlp.gate_proj", "mlp.down": "mlp.down_proj",
-    }  # fmt: skip
-    found = {"embed.embedding": Tensor(f"{prefix}embed_tokens.weight"), "norm.scale": Tensor(f"{prefix}norm.weight")}
-    found[f"{ours}attn_norm.scale"] = Tensor(f"{block}input_layernorm.weight")
-    found[f"{ours}mlp_norm.scale"] = Tensor(f"{block}post_attention_layernorm.weight")
-    for name, theirs in names.items():
-        found[f"{ours}{name}.kernel"] = Tensor(f"{block}{theirs}.weight", transpose=(1, 0))
-    return found | _head(cfg)
+def _head(cfg: Config) -> hf.Layout:
+    return {} if cfg.tied else hf.linear("lm_head", "lm_head", bias=False)
 
 
-def _head(cfg: Config) -> dict[str, Tensor]:
-    return {} if cfg.tied else {"lm_head.kernel": Tensor("lm_head.weight", transpose=(1, 0))}
-
-
-def _is_bare(home: pathlib.Path, cfg: Config) -> bool:
-    """Whether files name the decoder's tensors without a prefix, as the published GPT-2 does."""
-    first = next(iter(layout(cfg, prefix="").values())).name
-    return first in jp.checkpoint.tensors(home)
-
-
-def _from_gpt2(said: dict[str, Any]) -> tuple[Config, dict[str, Any]]:
+def _from_gpt2(said: hf.Said) -> tuple[Config, hf.Said]:
     cfg = Config(
         vocab_size=said["vocab_size"],
         max_positions=said["n_positions"],
@@ -165,7 +83,8 @@ def _from_gpt2(said: dict[str, Any]) -> tuple[Config, dict[str, Any]]:
     }
 
 
-def _from_llama(said: dict[str, Any]) -> tuple[Config, dict[str, Any]]:
+def from_llama(said: hf.Said) -> tuple[Config, hf.Said]:
+    """The shape of a Llama, and what else its `config.json` must say."""
     rope = said.get("rope_parameters") or said.get("rope_scaling") or {}
     if rope.get("rope_type", rope.get("type", "default")) != "default":
         raise ValueError(
@@ -186,48 +105,65 @@ def _from_llama(said: dict[str, Any]) -> tuple[Config, dict[str, Any]]:
         bias=False,
         norm_eps=said.get("rms_norm_eps", 1e-6),
         rope_theta=float(rope.get("rope_theta", said.get("rope_theta", 10_000.0))),
+        window=said.get("sliding_window"),
     )
     return cfg, {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "head_dim": cfg.head_dim}
 
 
-def _to_json(cfg: Config) -> dict[str, Any]:
+def _from_mistral(said: hf.Said) -> tuple[Config, hf.Said]:
+    return from_llama({"num_key_value_heads": 8, "sliding_window": 4096, **said})  # where transformers' defaults differ
+
+
+def _describe(cfg: Config) -> hf.Said:
     """`config.json` of this shape."""
-    shared = {"vocab_size": cfg.vocab_size, "tie_word_embeddings": cfg.tied, "bos_token_id": None, "eos_token_id": None}
-    if (cfg.positions, cfg.norm, cfg.mlp, cfg.bias) == ("learned", "layer", "gelu", True):
-        if cfg.num_kv_heads != cfg.num_heads:
-            raise ValueError(
-                f"num_kv_heads={cfg.num_kv_heads} of num_heads={cfg.num_heads}: GPT-2 of transformers shares no heads."
-            )
-        return {
-            "model_type": "gpt2",
-            "architectures": ["GPT2LMHeadModel"],
-            "n_positions": cfg.max_positions,
-            "n_embd": cfg.embed_dim,
-            "n_layer": cfg.num_layers,
-            "n_head": cfg.num_heads,
-            "n_inner": cfg.mlp_dim,
-            "activation_function": "gelu_new",
-            "layer_norm_epsilon": cfg.norm_eps,
-            **shared,
-        }
-    if (cfg.positions, cfg.norm, cfg.mlp, cfg.bias) == ("rotary", "rms", "silu", False):
-        return {
-            "model_type": "llama",
-            "architectures": ["LlamaForCausalLM"],
-            "max_position_embeddings": cfg.max_positions,
-            "hidden_size": cfg.embed_dim,
-            "num_hidden_layers": cfg.num_layers,
-            "num_attention_heads": cfg.num_heads,
-            "num_key_value_heads": cfg.num_kv_heads,
-            "head_dim": cfg.head_dim,
-            "intermediate_size": cfg.mlp_dim,
-            "hidden_act": "silu",
-            "rms_norm_eps": cfg.norm_eps,
-            "rope_theta": cfg.rope_theta,
-            "rope_parameters": {"rope_type": "default", "rope_theta": cfg.rope_theta},
-            **shared,
-        }
-    raise ValueError(
-        f"positions={cfg.positions!r}, norm={cfg.norm!r}, mlp={cfg.mlp!r}, bias={cfg.bias} are neither GPT-2 nor "
-        "Llama, so transformers has no model for these weights."
-    )
+    if cfg.norm == "rms":
+        if cfg.window is None:
+            return {"model_type": "llama", "architectures": ["LlamaForCausalLM"], **as_llama(cfg)}
+        mistral = {"model_type": "mistral", "architectures": ["MistralForCausalLM"]}
+        return {**mistral, "sliding_window": cfg.window, **as_llama(cfg)}
+    return {
+        "model_type": "gpt2",
+        "architectures": ["GPT2LMHeadModel"],
+        "n_positions": cfg.max_positions,
+        "n_embd": cfg.embed_dim,
+        "n_layer": cfg.num_layers,
+        "n_head": cfg.num_heads,
+        "n_inner": cfg.mlp_dim,
+        "activation_function": "gelu_new",
+        "layer_norm_epsilon": cfg.norm_eps,
+        **_shared(cfg),
+    }
+
+
+def as_llama(cfg: Config) -> hf.Said:
+    """What `config.json` of a Llama, and of decoders made after it, says of this shape."""
+    return {
+        "max_position_embeddings": cfg.max_positions,
+        "hidden_size": cfg.embed_dim,
+        "num_hidden_layers": cfg.num_layers,
+        "num_attention_heads": cfg.num_heads,
+        "num_key_value_heads": cfg.num_kv_heads,
+        "head_dim": cfg.head_dim,
+        "intermediate_size": cfg.mlp_dim,
+        "hidden_act": "silu",
+        "rms_norm_eps": cfg.norm_eps,
+        "rope_theta": cfg.rope_theta,
+        "rope_parameters": {"rope_type": "default", "rope_theta": cfg.rope_theta},
+        **_shared(cfg),
+    }
+
+
+def _shared(cfg: Config) -> hf.Said:
+    return {"vocab_size": cfg.vocab_size, "tie_word_embeddings": cfg.tied, "bos_token_id": None, "eos_token_id": None}
+
+
+FORMAT = hf.Format(
+    folder="gpt",
+    layout=layout,
+    ignored=IGNORED,
+    kinds={"gpt2": _from_gpt2, "llama": from_llama, "mistral": _from_mistral},
+    describe=_describe,
+    unsaid=("dropout", "remat", "rope_theta"),  # the last is said wherever positions are rotary
+    spellings=((r"^(transformer|model)\.", ""),),  # a decoder without its head, as the published GPT-2 is
+)
+read_config, load, save = FORMAT.read_config, FORMAT.load, FORMAT.save

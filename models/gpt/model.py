@@ -61,15 +61,11 @@ class GPT(nnx.Module):
                 f"a sequence of {tokens.shape[1]} tokens, but the model has max_positions={self.cfg.max_positions}. "
                 "Cut the sequences, or give the model more positions."
             )
-        if positions is None:
-            positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-        if segments is None:
-            segments = jnp.zeros_like(positions)
         key = jax.random.key(0)  # the ids make masks differ between steps, the layers split it between themselves
 
         x = jp.embed(self.embed.embedding[...], tokens)  # B T D
         if self.cfg.positions == "learned":
-            x = x + jnp.take(self.positions[...], positions, axis=0)
+            x = x + jnp.take(self.positions[...], _in_order(x) if positions is None else positions, axis=0)
         x = jp.constrain(self.dropout(x, key, sample), "batch", "seq", "embed")
         x, _ = self.blocks((x, key), positions, segments, sample)
         return self.norm(x)
@@ -93,7 +89,11 @@ class Block(nnx.Module):
         self.dropout = Dropout(cfg.dropout)
 
     def __call__(
-        self, stream: tuple[jax.Array, jax.Array], positions: jax.Array, segments: jax.Array, sample: jax.Array | None
+        self,
+        stream: tuple[jax.Array, jax.Array],
+        positions: jax.Array | None,
+        segments: jax.Array | None,
+        sample: jax.Array | None,
     ) -> tuple[jax.Array, jax.Array]:
         x, key = stream
         key, attn_key, mlp_key = jax.random.split(key, 3)
@@ -113,14 +113,15 @@ class Attention(nnx.Module):
         self.v = _linear(cfg, cfg.embed_dim, kv_dim, rngs)
         self.o = _linear(cfg, q_dim, cfg.embed_dim, rngs, residual=True)
 
-    def __call__(self, x: jax.Array, positions: jax.Array, segments: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, positions: jax.Array | None, segments: jax.Array | None) -> jax.Array:
         batch, seq, _ = x.shape
         q = self.q(x).reshape(batch, seq, self.cfg.num_heads, -1)  # B T N H
         k = self.k(x).reshape(batch, seq, self.cfg.num_kv_heads, -1)  # B T K H
         v = self.v(x).reshape(batch, seq, self.cfg.num_kv_heads, -1)
         if self.cfg.positions == "rotary":
-            q, k = (rotate(heads, positions, self.cfg.rope_theta) for heads in (q, k))
-        mixed = jp.attention(q, k, v, positions=positions, segments=segments)  # B T N H
+            at = _in_order(x) if positions is None else positions
+            q, k = (rotate(heads, at, self.cfg.rope_theta) for heads in (q, k))
+        mixed = jp.attention(q, k, v, positions=positions, segments=segments, window=self.cfg.window)  # B T N H
         return jp.constrain(self.o(mixed.reshape(batch, seq, -1)), "batch", "seq", "embed")
 
 
@@ -175,12 +176,17 @@ class Dropout(nnx.Module):
         return jp.dropout(x, self.rate, key=key, ids=sample)
 
 
+def _in_order(x: jax.Array) -> jax.Array:
+    """Positions [1, T] of tokens [B, T, ...] that nobody numbered."""
+    return jnp.arange(x.shape[1])[None]
+
+
 def rotate(heads: jax.Array, positions: jax.Array, theta: float) -> jax.Array:
     """Rotary positions (Su et al., 2021): features i and i + H/2 turn together, further at each position.
 
     Args:
         heads: [B, T, heads, H].
-        positions: [B, T].
+        positions: [B, T], or [1, T] for all alike.
         theta: Pair i turns by `theta ** (-2 i / H)` a position.
     """
     half = heads.shape[-1] // 2

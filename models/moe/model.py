@@ -54,10 +54,6 @@ class MoE(nnx.Module):
             positions: [B, T] integers, counted from the start of each segment; by default 0..T-1.
             segments: [B, T] integers; a token attends only to its own segment. By default one segment.
         """
-        if positions is None:
-            positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-        if segments is None:
-            segments = jnp.zeros_like(positions)
         x = jp.constrain(jp.embed(self.embed.embedding[...], tokens), "batch", "seq", "embed")  # B T D
         none = jnp.zeros(tokens.shape[:1])
         x, said = self.blocks((x, Routers(none, none, none)), positions, segments)
@@ -79,7 +75,7 @@ class Block(nnx.Module):
         self.mlp = Experts(cfg, rngs=rngs)
 
     def __call__(
-        self, stream: tuple[jax.Array, Routers], positions: jax.Array, segments: jax.Array
+        self, stream: tuple[jax.Array, Routers], positions: jax.Array | None, segments: jax.Array | None
     ) -> tuple[jax.Array, Routers]:
         x, said = stream
         x = x + self.attn(self.attn_norm(x), positions, segments)

@@ -33,6 +33,11 @@ class Config:
         """Features out of a block for each of its width."""
         return 4 if self.bottleneck else 1
 
+    @property
+    def features(self) -> tuple[int, ...]:
+        """Features out of the blocks of each stage."""
+        return tuple(self.width * 2**stage * self.expansion for stage in range(len(self.depths)))
+
 
 # Deep Residual Learning (He et al., 2015, arXiv:1512.03385, table 1); a block's stride lies in its 3 x 3 one, as
 # is usual now.

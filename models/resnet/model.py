@@ -34,7 +34,7 @@ class ResNet(nnx.Module):
             for index in range(depth):
                 stride = 2 if stage and not index else 1
                 blocks.append(Block(cfg, features, cfg.width * 2**stage, stride, rngs=rngs))
-                features = cfg.width * 2**stage * cfg.expansion
+                features = cfg.features[stage]
         self.blocks = nnx.List(blocks)
         self.head = nnx.Linear(features, cfg.num_classes, rngs=rngs)
 

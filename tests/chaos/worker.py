@@ -1,15 +1,17 @@
-"""What every chaos test trains: a tiny model with dropout, by a loop of its own over `Run`, or by `fit`.
+"""A process of a chaos test: trains the program beside it by a loop of its own over `Run`, or by `fit`.
 
     python worker.py '{"loop": "run", "directory": ..., "steps": 24, "every": 3, "faults": {"1": ["raise", 0, 5]}}'
 
 A fault belongs to one start of the group (`JAXPAR_ATTEMPT`) and one process. Each process notes the ids of the samples
-of each of its steps in `ids/`.
+of each of its steps beside the run's directory, whose disk may be full.
 """
 
+import contextlib
 import json
 import os
 import pathlib
 import random
+import resource
 import signal
 import sys
 import threading
@@ -22,9 +24,12 @@ directory = pathlib.Path(settings["directory"])
 fault, *where = settings.get("faults", {}).get(str(attempt), ["none"])
 is_here = bool(where) and where[0] == slot
 
+filler = directory / "filler"
+if fault != "full disk":
+    filler.unlink(missing_ok=True)  # somebody has made room
 if fault == "dies at start" and is_here:
     sys.exit("no such device")
-if (pathlib.Path(settings["directory"]) / f"broken_{slot}").exists():
+if (directory / f"broken_{slot}").exists():
     os._exit(13)
 
 if fault == "clocks jump":
@@ -45,40 +50,14 @@ if fault == "clocks jump":
 
 import jax
 import numpy as np
-import optax
 from flax import nnx
 
 import jaxpar as jp
+from tests.chaos import program
 
 jp.initialize()
 if fault == "SIGTERM" and is_here and len(where) == 1:  # before the loop: JAX's preemption service takes it
     os.kill(os.getpid(), signal.SIGTERM)
-
-
-class Model(nnx.Module):
-    def __init__(self, rngs):
-        self.up = nnx.Linear(16, 64, rngs=rngs)
-        self.drop = nnx.Dropout(0.2, rngs=rngs) if settings.get("dropout", True) else lambda x: x
-        self.down = nnx.Linear(64, 16, rngs=rngs)
-
-    def __call__(self, x):
-        return self.down(self.drop(nnx.gelu(self.up(x))))
-
-
-def loss_fn(model, batch):
-    error = ((model(batch["x"]) - batch["x"][:, ::-1]) ** 2).mean(axis=1)
-    return (error * batch["weights"]).sum(), batch["weights"].sum()
-
-
-class Samples:
-    """64 samples that know their number."""
-
-    def __len__(self):
-        return 64
-
-    def __getitem__(self, index):
-        x = np.random.default_rng(index).normal(size=16).astype(np.float32)
-        return {"x": x, "id": np.int32(index), "weights": np.float32(1)}
 
 
 class Noted:
@@ -104,7 +83,7 @@ class Noted:
             for row, each in enumerate(ids)
             if real[row]
         }
-        file = directory / "ids" / f"{attempt}_{jax.process_index()}.jsonl"
+        file = directory.with_suffix(".ids") / f"{attempt}_{jax.process_index()}.jsonl"
         file.parent.mkdir(parents=True, exist_ok=True)
         with file.open("a") as opened:
             opened.write(json.dumps([step, rows]) + "\n")
@@ -124,12 +103,22 @@ def strike(step):
     if fault == "for good":
         (directory / f"broken_{slot}").touch()
         os.kill(os.getpid(), signal.SIGKILL)
-    if fault == "full disk":  # the kernel refuses what goes beyond 2 kB in any file, as a full disk does
-        import resource
-
-        resource.setrlimit(resource.RLIMIT_FSIZE, (2000, resource.RLIM_INFINITY))
+    if fault == "full disk":
+        fill_the_disk()
     if fault == "killed in a save":
         threading.Thread(target=kill_in_a_save, daemon=True).start()
+
+
+def fill_the_disk():
+    """To the last byte, if the disk is a small one; else the kernel refuses what goes beyond 2 kB in any file."""
+    while not (directory / "checkpoints" / "3").exists():  # whatever the machine's pace, there is one before
+        time.sleep(0.01)
+    if os.statvfs(directory).f_blocks * os.statvfs(directory).f_frsize > 2**30:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2000, resource.RLIM_INFINITY))
+        return
+    with contextlib.suppress(OSError), filler.open("ab", buffering=0) as file:
+        while True:
+            file.write(bytes(4096))
 
 
 def kill_in_a_save():
@@ -146,27 +135,24 @@ batch = {
     "sample": np.zeros(settings["batch"], np.int32),
 }
 mesh = jp.mesh(**settings.get("mesh", {"fsdp": -1}))
-strategies = [jp.DP(), jp.FSDP(min_bytes=0), jp.TP(column=["up"], row=["down"])]
-strategies = [each for each in strategies if each.axis in mesh.shape]
-loader = jp.data.Loader(Samples(), batch_size=settings["batch"])
-adam = optax.adam(1e-2)
+strategies = program.strategies(mesh)
+make = lambda: program.Model(nnx.Rngs(0), dropout=settings.get("dropout", True), layers=settings.get("layers", 0))
+loader = jp.data.Loader(program.Samples(), batch_size=settings["batch"])
 if settings["loop"] == "fit":
-    recipe = jp.Recipe(
-        model=lambda: Model(nnx.Rngs(0)), loss=loss_fn, optimizer=adam, strategies=strategies, batch=batch
-    )
-    program = recipe.on(mesh)
-    batches = Noted(loader.to(program.plan))
-    fitted = jp.fit(program, batches, steps=settings["steps"], directory=directory, every=settings["every"])
+    recipe = jp.Recipe(model=make, loss=program.loss_fn, optimizer=program.ADAM, strategies=strategies, batch=batch)
+    trained = recipe.on(mesh)
+    batches = Noted(loader.to(trained.plan))
+    fitted = jp.fit(trained, batches, steps=settings["steps"], directory=directory, every=settings["every"])
     sys.exit(fitted.exit_code)
 
-plan = jp.plan(lambda: Model(nnx.Rngs(0)), mesh, strategies)
+plan = jp.plan(make, mesh, strategies)
 model = plan.init()
-opt = nnx.Optimizer(model, adam, wrt=nnx.Param)
+opt = nnx.Optimizer(model, program.ADAM, wrt=nnx.Param)
 
 
 @plan.jit
 def train_step(model, opt, batch):
-    loss, grads = jp.value_and_grad(loss_fn)(model, batch)
+    loss, grads = jp.value_and_grad(program.loss_fn)(model, batch)
     opt.update(model, grads)
     return loss
 

@@ -179,6 +179,22 @@ def test_metadata_of_a_changed_file(home):
     assert "2 is damaged.\ncheckpoint.json: other bytes than were saved" in message(checkpoint.metadata, home)
 
 
+def test_the_newest_valid_step_is_never_pruned(home, caplog):
+    flip(home / "2")
+    assert checkpoint.prune(home, 1) == []
+    (said,) = caplog.messages
+    assert said.startswith(f"{home}: step 2 is DAMAGED, so the latest valid step is 1.\n2: state/")
+    flip(home / "1")
+    assert "holds no valid checkpoint: steps 1, 2 are damaged" in message(checkpoint.prune, home, 1)
+    assert checkpoint.steps(home) == [1, 2]
+
+
+def test_older_steps_are_pruned_while_the_newest_is_valid(home):
+    flip(home / "1")
+    assert checkpoint.prune(home, 1) == [1]
+    assert checkpoint.steps(home) == [2]
+
+
 @pytest.mark.parametrize("written", ["[]", "{", '{"jaxpar": 1}', '{"jaxpar": 2}'])
 def test_a_forged_description(written, home):
     """Even with its sum set right, what is no description is no checkpoint."""
@@ -238,7 +254,7 @@ def test_a_failed_save_leaves_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint._sums, "of_files", of_files)
     saving = checkpoint.save_async(tmp_path, 3, {"w": jnp.ones(3)})
     assert message(saving.wait) == (
-        f"Step 3 could not be saved at {tmp_path}/3: [Errno 28] No space left on device\n"
+        f"Step 3 could not be saved at {tmp_path}/3: [Errno 28] No space left on device. "
         "Earlier steps are as they were."
     )
     assert list(tmp_path.iterdir()) == []

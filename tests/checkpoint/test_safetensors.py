@@ -20,6 +20,7 @@ LAYOUT = {
     "turned": Tensor("turned.{}", transpose=(2, 0, 1)),
     "experts": Tensor("block.{}.expert.{}.w", transpose=(1, 0)),
     "heads": Tensor("heads.{}.weight", transpose=(1, 2, 0), merged=(2, 1)),
+    "padded": Tensor("padded.{}", merged=(0, 1, 1, 0, 1)),
     "q": Tensor("fused.{}", transpose=(1, 2, 0), part=(0, 0, 8)),
     "k": Tensor("fused.{}", transpose=(1, 2, 0), part=(0, 8, 16)),
 }
@@ -32,6 +33,7 @@ def in_files(leaves):
         for expert in range(2):
             found[f"block.{layer}.expert.{expert}.w"] = leaves["experts"][layer, expert].T
         found[f"heads.{layer}.weight"] = leaves["heads"][layer].transpose(2, 0, 1).reshape(16, 4)
+        found[f"padded.{layer}"] = leaves["padded"][layer][None, :, :, None]
         fused = [leaves[name][layer].transpose(2, 0, 1) for name in ("q", "k")]
         found[f"fused.{layer}"] = np.concatenate(fused)
     return {name: np.ascontiguousarray(value) for name, value in found.items()}

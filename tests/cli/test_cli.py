@@ -114,9 +114,9 @@ def test_plan_goes_to_json_and_to_a_picture(here):
 
 def test_a_70b_model_on_2048_chips_is_planned_in_seconds(capsys, monkeypatch, request):
     monkeypatch.chdir(request.config.rootpath)
-    start = time.perf_counter()
+    start = time.process_time()
     assert main(["plan", "models.gpt:llama_70b", "--mesh", "meshes/v5p_8x16x16.toml"]) == 0
-    assert time.perf_counter() - start < 30
+    assert time.process_time() - start < 30
     out = capsys.readouterr().out
     assert "v5p:8x16x16: 2048 TPU v5p chips" in out
     assert "70,553,706,496 parameters" in out

@@ -20,6 +20,8 @@ METHODS = {
     "ring": {"method": "ring"},
     "ulysses": {"method": "ulysses"},
     "hybrid": {"method": "hybrid", "heads": 2},
+    "ring, summed once": {"method": "ring", "reduce": "step"},
+    "allgather, summed once": {"reduce": "step"},
 }
 MESHES = [
     *(MeshCase(context=4), MeshCase(data=2, context=4), MeshCase(fsdp=2, context=4), MeshCase(context=4, tensor=2)),
@@ -46,6 +48,7 @@ FEW = [
     ("ring", "dp", "fsdp", "tp", MESHES[1], 2),
     ("ulysses", "zero2", "fsdp-step", "tp", MESHES[4], 2),
     ("allgather", "dp", "fsdp", "tp-seq-vocab", MESHES[5], 2),
+    ("ring, summed once", "dp", "fsdp", "tp-vocab", MESHES[6], 2),
 ]
 
 

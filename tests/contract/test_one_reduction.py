@@ -61,8 +61,8 @@ STRATEGIES = {
 }
 
 
-def traffic(strategies, **settings):
-    plan = jp.plan(CASE.make, programs.mesh(data=2, fsdp=2, tensor=2), [*strategies, jp.TP(**CASE.tensor)])
+def traffic(strategies, axes=("data", "fsdp", "tensor"), **settings):
+    plan = jp.plan(CASE.make, programs.mesh(**dict.fromkeys(axes, 2)), [*strategies, jp.TP(**CASE.tensor)])
     model = plan.init()
     opt = nnx.Optimizer(model, optax.sgd(0.1, momentum=0.9), wrt=nnx.Param)
 
@@ -76,11 +76,11 @@ def traffic(strategies, **settings):
 
 
 def reductions(traffic):
-    """Sums over the axes of the batch, by kind, axes, and whether they are in a loop."""
+    """Sums over the axes of tokens, by kind, axes, and whether they are in a loop."""
     sums = [
         (each.kind, each.axes, each.depth > 0)
         for each in traffic
-        if each.kind in ("all-reduce", "reduce-scatter") and set(each.axes) & {"data", "fsdp"}
+        if each.kind in ("all-reduce", "reduce-scatter") and set(each.axes) & {"data", "fsdp", "context"}
     ]
     return dict(collections.Counter(sums))
 
@@ -94,6 +94,13 @@ def test_gradients_are_reduced_once(name):
     assert [each.count for each in embedding] == [1]  # used twice, gathered once, whatever accumulate is
     updates = [each for each in found if each.kind == "all-gather" and each.axes == DATA]
     assert [each.depth for each in updates] == [0] * (MATRICES if "zero" in name else 0)
+
+
+def test_the_axis_of_sequences_takes_part():
+    """Of parts of sequences, gradients are kept apart as of replicas; keys go round in the loops, as they must."""
+    found = traffic([jp.DP(), jp.CP(method="ring", reduce="step")], axes=("data", "context", "tensor"))
+    assert reductions(found) == {("all-reduce", ("data", "context"), False): MATRICES + VECTORS + SCALARS}, str(found)
+    assert {each.depth for each in found if each.kind == "collective-permute"} == {2}
 
 
 def test_the_naive_form_fails_this():

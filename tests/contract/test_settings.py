@@ -132,6 +132,7 @@ STRATEGIES = {
     (jp.CP, "method"): lambda: differs(jp.CP(), jp.CP(method="ring"), context=8),
     (jp.CP, "balance"): lambda: differs(jp.CP(), jp.CP(balance="none"), context=8),
     (jp.CP, "heads"): lambda: differs(jp.CP(method="hybrid", heads=2), jp.CP(method="hybrid", heads=4), context=8),
+    (jp.CP, "reduce"): lambda: differs(jp.CP(), jp.CP(reduce="step"), context=8),
     (jp.CP, "whole"): lambda: differs(jp.CP(), jp.CP(whole=["image"]), context=8),
 }
 

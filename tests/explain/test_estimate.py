@@ -162,7 +162,8 @@ def test_an_estimate_is_near_what_xla_tpu_makes(width, seq, batch, memory, time)
     """Arrays that fit on the chip, and arrays that are larger than it."""
     cfg = dataclasses.replace(SMALL, vocab_size=2048, max_positions=seq, embed_dim=width, mlp_dim=4 * width)
     program = gpt.recipe(cfg, batch=batch).on(jp.mesh("v5e:2x4", data=2, fsdp=2, tensor=2))
-    found, truth = estimate(program), jp.explain(program)
+    with jax.default_matmul_precision("default"):  # of any other there is no splash attention
+        found, truth = estimate(program), jp.explain(program)
     assert memory[0] < found.memory.peak / truth.memory.peak < memory[1]
     for name in ("step_seconds", "compute_seconds"):
         ratio = getattr(found.timeline, name) / getattr(truth.timeline, name)
@@ -179,13 +180,13 @@ def llama(axes, accumulate):
 
 
 def test_memory_at_scale_is_near_what_xla_tpu_said():
-    """34B on 64 chips, compiled once by libtpu 0.0.42, minutes each: the peaks that it gave, in bytes."""
+    """34B on 64 chips, compiled once by libtpu 0.0.42, a minute each: the peaks that it gave, in bytes."""
     said = [
-        ({"fsdp": 64}, 1, 105_559_558_717),  # refused
-        ({"fsdp": 64}, 2, 61_649_447_104),
-        ({"data": 2, "fsdp": 32}, 2, 73_654_710_464),
-        ({"data": 4, "fsdp": 16}, 2, 94_801_524_416),
-        ({"fsdp": 32, "tensor": 2}, 2, 89_320_524_992),
+        ({"fsdp": 64}, 1, 86_150_399_680),
+        ({"fsdp": 64}, 2, 51_183_471_296),
+        ({"data": 2, "fsdp": 32}, 2, 62_601_529_536),
+        ({"data": 4, "fsdp": 16}, 2, 85_281_441_984),
+        ({"fsdp": 32, "tensor": 2}, 2, 78_410_320_064),
     ]
     programs = [llama(axes, accumulate) for axes, accumulate, _ in said]
     traced = trace(programs[0])
@@ -195,7 +196,7 @@ def test_memory_at_scale_is_near_what_xla_tpu_said():
 
 
 def test_what_does_not_fit_is_told_in_how_many_microbatches_it_does():
-    program = llama({"fsdp": 64}, 1)
+    program = llama({"fsdp": 32, "tensor": 2}, 1)
     traced = trace(program)
     assert "Recipe(accumulate=2) fits" in what_fits(program, traced)
     assert "Recipe(accumulate=4) fits" in what_fits(program, traced, needed=2 * memory_of(program, traced).peak)

@@ -1,5 +1,6 @@
 """Attention over split sequences is attention, whatever the method, the mask and the heads; and what it moves."""
 
+import collections
 import functools as ft
 import inspect
 import itertools
@@ -97,13 +98,23 @@ def test_key_heads_that_devices_share():
     assert table.ok, str(table)
 
 
-@pytest.mark.parametrize(("method", "mask"), [("allgather", "segments"), ("ulysses", "window")])
-def test_splash_is_attention(method, mask, monkeypatch):
-    """The kernel for TPU, interpreted: in zigzag order it gets masks of its own on each device."""
+@pytest.mark.parametrize(
+    ("method", "mask", "axes"),
+    [
+        ("whole", "segments", {"data": 2, "tensor": 2}),
+        ("allgather", "segments", {"context": 2}),
+        ("ulysses", "window", {"context": 2}),
+        ("ring", "segments", {"context": 4}),
+        ("ring, in order", "causal", {"context": 2}),
+        ("hybrid", "causal", {"context": 4}),
+    ],
+)
+def test_splash_is_attention(method, mask, axes, monkeypatch):
+    """The kernel for TPU, interpreted. In zigzag order: masks of its own on each device, halves of keys in a ring."""
     monkeypatch.setattr(_kernels, "_platform_of", lambda mesh: "tpu")
     monkeypatch.setattr(_kernels, "splash_masks", ft.partial(_kernels.splash_masks, interpret=True))
-    given = written.inputs(512, 2, rows=1, heads=4, features=128)
-    plan = plan_of(jp.CP(**METHODS[method]), context=2)
+    given = written.inputs(256 * axes.get("context", 1), 2, rows=2, heads=4, features=128)
+    plan = plan_of(jp.DP() if method == "whole" else jp.CP(**METHODS[method]), **axes)
     table = compare(run(plan, given, **written.MASKS[mask]), *written.reference(given, **written.MASKS[mask]))
     assert table.ok, str(table)
 
@@ -127,8 +138,8 @@ def unweighted(one, other):
     return _blockwise.Part((one.out + other.out) / 2, jnp.logaddexp(one.log_sum, other.log_sum))
 
 
-def a_step_less(step, start, length):
-    return LOOP(step, start, max(length - 1, 0))
+def a_step_less(step, start, first, end):
+    return LOOP(step, start, first, max(end - 1, first))
 
 
 def by_place(self, queries, keys):
@@ -166,29 +177,37 @@ def lowered(method, length, *, backward=True, context=8, **settings):
 
 
 HEADS = 48 // 8 * 8 * 8  # elements of one device's K or V
+ONCE = 1  # without a loop over layers between, XLA finds that the first transfers of the two passes are one
 
 
 @pytest.mark.parametrize(
     ("method", "forward", "both"),
     [
-        ("ring", {"collective-permute": 2 * 7}, {"collective-permute": 4 * 7 + 2 * 8}),
+        ("ring", {"collective-permute": 7}, {"collective-permute": 2 * 7 + 8 - ONCE}),
         ("allgather", {"all-gather": 2}, {"all-gather": 2, "reduce-scatter": 2}),
         ("ulysses", {"all-to-all": 4}, {"all-to-all": 8}),
     ],
 )
 def test_what_moves(method, forward, both):
-    """A ring sends K and V p-1 times each way, and their gradients p times; XLA:CPU."""
+    """A ring sends K and V, one array, p-1 times each way, and their gradients p times; XLA:CPU. `follow` says it."""
     for backward, expected in ((False, forward), (True, both)):
         plan, compiled = lowered(method, 48, backward=backward)
-        found: dict[str, int] = {}
+        found, sizes = collections.Counter(), collections.Counter()
         traffic = collectives(compiled, mesh=plan.mesh)
         for match in explained(traffic, plan, num_tokens=48).values():
             assert match.words in (f"attention, {method}", "sum of the loss or of its weight")
         for each in traffic:
             if math.prod(each.shape) >= HEADS:  # not the positions
                 assert each.axes == ("context",)
-                found[each.kind] = found.get(each.kind, 0) + each.count
+                found[each.kind] += each.count
+                sizes[each.kind] += each.count * each.bytes
         assert found == expected
+        said = [move for move in plan.follow("attention").moves if backward or move.when.startswith("forward")]
+        both_passes = ONCE if backward and method == "ring" else 0
+        for kind, size in sizes.items():
+            moves = [move for move in said if move.kind == kind]
+            assert found[kind] == sum(move.times for move in moves) - both_passes
+            assert size == (sum(move.bytes * move.times for move in moves) - both_passes * moves[0].bytes) * HEADS
 
 
 @pytest.mark.parametrize("method", ["ring", "ulysses"])
@@ -296,6 +315,7 @@ def test_a_batch_that_does_not_fit(batch, said):
         ({"method": "ulysses", "balance": "zigzag"}, "no effect"),
         ({"method": "hybrid"}, "heads=None"),
         ({"heads": 2}, "heads=2 has no effect"),
+        ({"reduce": "once"}, "'microbatch' or 'step'"),
     ],
 )
 def test_settings_that_do_not_go_together(settings, said):
@@ -324,10 +344,41 @@ def test_zigzag_wants_positions():
         with pytest.raises(ShardingError, match="zigzag order"):
             jax.eval_shape(attend, plan.batch(given))
         jax.eval_shape(ft.partial(attend, causal=False), plan.batch(given))
+    own = lambda given: attend(given, positions=jnp.broadcast_to(jnp.arange(16), given["positions"].shape))
+    with pytest.raises(jp.StepError, match="come from no argument of this step"):
+        plan.jit(own).lower(plan.batch(given))
+    plan.jit(lambda given: attend(given, positions=given["positions"] * 2)).lower(plan.batch(given))
     in_order = plan_of(jp.CP(balance="none"), context=4)
     with _context.entered(_context.Region(plan=in_order)):
         found = jax.jit(attend)(in_order.batch(given))
     np.testing.assert_allclose(found, written.reference(given)[0]["out"], atol=1e-5)
+
+
+@pytest.mark.parametrize("change", ["none", "a mean", "random numbers", "a convolution"])
+def test_a_loss_that_is_no_sum_over_tokens(change):
+    """`reduce="step"` runs it on parts of sequences: what is seen to be none is refused."""
+    plan = plan_of(jp.CP(reduce="step"), context=4)
+
+    def loss(params, batch):
+        x = jp.constrain(batch["q"][..., 0], "batch", "seq", "embed")
+        y = jnp.square(x @ params["w"])
+        if change == "random numbers":
+            y *= jax.random.uniform(jax.random.fold_in(jax.random.key(0), batch["sample"][0]), y.shape)
+        if change == "a convolution":
+            y = jax.lax.conv_general_dilated(
+                y, params["w"][None, :], (1,), "SAME", dimension_numbers=("NWC", "WIO", "NWC")
+            )
+        return y.mean() if change == "a mean" else (y.sum(), jnp.float32(1) * batch["positions"].shape[1])
+
+    given = written.inputs(16, 1, rows=8) | {"sample": np.arange(8)}
+    step = plan.jit(jp.value_and_grad(loss, accumulate=2))
+    lower = lambda: step.lower(plan.init(), plan.batch(given))
+    if change == "none":
+        lower()
+        assert "one reduction a step over context" in step.notes[-1]
+    else:
+        with pytest.raises(jp.StepError, match=r"CP\(reduce='step'\) runs the loss"):
+            lower()
 
 
 def test_a_plan_says_it():
@@ -335,6 +386,8 @@ def test_a_plan_says_it():
     (note,) = plan.notes
     assert "context=8 in zigzag order" in note
     assert "K and V go round context in 7 steps" in note
+    assert str(plan.follow("attention")).startswith("attention  ring over context=8, in zigzag order")
+    assert not plan_of(jp.CP(), data=1, tensor=8).follow("attention").moves
     assert jp.Plan.from_json(plan.to_json()).context == plan.context
     assert plan.diff(plan_of(jp.CP(), context=8))[0].startswith("context: ")
     assert plan_of(jp.CP(method="ring"), data=1, tensor=8).context is None

@@ -1,10 +1,13 @@
 """`status`: the night, from files alone."""
 
+import re
+import time
+
 import pytest
 from flax import nnx
 
 from jaxpar._errors import CheckpointError
-from jaxpar.run import Events, Run, status
+from jaxpar.run import Events, Run, read, status
 from jaxpar.run._beat import SIZE, Beat, pulses
 
 
@@ -59,6 +62,32 @@ def test_who_runs_now(tmp_path, monkeypatch):
 def test_nothing_is_there(tmp_path):
     with pytest.raises(CheckpointError, match=r"holds no run: there is no run\.json"):
         status(tmp_path)
+
+
+def test_a_clock_that_jumps_is_told(tmp_path, monkeypatch):
+    """Once each way; nothing else goes by it."""
+    monkeypatch.setattr("jaxpar.run._beat.SECONDS", 0.01)
+    honest, shift = time.time, [0.0]
+    monkeypatch.setattr("time.time", lambda: honest() + shift[0])
+    model = nnx.Linear(2, 2, rngs=nnx.Rngs(0))
+    run = Run(tmp_path, writers=())
+    run.restore(model)
+    told = lambda: [event.text for event in read(tmp_path) if event.kind == "clock"]
+    for step in run.steps(2):
+        model.bias[...] += 1.0
+        beats = pulses(tmp_path)[0].beats
+        while pulses(tmp_path)[0].beats < beats + 2:
+            time.sleep(0.01)
+        shift[0] = 480.0 * (step == 1)
+        while len(told()) < step:
+            time.sleep(0.01)
+    forth, back = told()
+    assert re.fullmatch(
+        r"The clock of process 0 on \S+ jumped 480 s forth \(or its machine slept\) in step 1\. Nothing was "
+        r"done: no step goes by it\.",
+        forth,
+    )
+    assert " jumped 480 s back in step 2. " in back
 
 
 def test_a_beat_is_rewritten_in_place(tmp_path):

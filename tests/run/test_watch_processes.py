@@ -1,5 +1,7 @@
 """Two real processes: they go back together, the slow one is named, and a hang is told with the stacks of both."""
 
+import re
+
 import pytest
 
 from jaxpar.run import read
@@ -30,22 +32,27 @@ PEER = """
         return model.total[...]
 
     def stand_still():
-        time.sleep(100)
+        while True:
+            time.sleep(100)
 
-    watch = [Hang(factor=1.5, at_least="3s", first="90s"), Slow(steps=4), Loss()]
-    run = Run(home, every=2, writers=(), watch=watch)
+    run = Run(home, every=2, writers=(), watch=[Hang(), Slow(steps=4, at_least=0.5), Loss()])
     model = run.restore(plan.init())
     seen = []
-    for step in run.steps(20):
-        if index == 1:
-            time.sleep(0.2)
-            if step == 11:
-                stand_still()
+    for step in run.steps(10):
+        if index == 1 and len(seen) < 4:
+            time.sleep(1.0)
         loss = train(model, rows)
         run.log(loss=math.nan if index == 1 and step == 5 and 5 not in seen else loss)  # one process sees it alone
         seen.append(step)
-        if step == 10:
-            print(seen, float(loss), flush=True)
+    print(seen, float(loss), flush=True)
+
+    # The only step with a short deadline is the one that hangs: a busy machine cannot look as if it did.
+    run = Run(home, writers=(), watch=[Hang(first="3s")])
+    model = run.restore(model)
+    for step in run.steps(11):
+        if index == 1:
+            stand_still()
+        train(model, rows)
 """
 
 
@@ -64,11 +71,11 @@ def test_two_processes(child_env, tmp_path):
         "another process found it, in step 5. The run goes back to step 2; the batch of step 5 is left out."
     )
     (slow,) = of("slow")
-    assert (slow.process, slow.text[:18]) == (1, "Process 1 takes 0.")
+    assert (slow.process, slow.text[:16]) == (1, "Process 1 takes ")
     hangs = {event.process: event for event in of("hang")}
     assert sorted(hangs) == [0, 1]
     assert "It stands at <string>:" in hangs[1].text
     assert "(stand_still); stacks: stacks/step_11/process_1.txt. Left with code 74." in hangs[1].text
     for process, event in hangs.items():
-        assert event.text.startswith(f"Process {process} hangs in step 11: ")
+        assert re.match(rf"Process {process} on \S+ hangs in step 11: \d+ s, and it is the first\. ", event.text)
         assert (tmp_path / event.more["stacks"]).stat().st_size > 200

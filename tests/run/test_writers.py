@@ -1,6 +1,7 @@
 """Writers: JSON lines, the terminal, TensorBoard; each works alone."""
 
 import json
+import resource
 import sys
 
 import pytest
@@ -17,6 +18,25 @@ def test_json_lines(tmp_path):
     assert (first["step"], first["loss"], second["eval/loss"]) == (1, 2.5, 1.0)
     assert second["loss"] != second["loss"]
     assert first["time"] > 1.7e9
+
+
+def test_lines_wait_for_room(tmp_path, caplog):
+    """What a full disk refuses is whole in the file later, in order, once; of what did not fit no part stays."""
+    writer = JSONLines(tmp_path / "metrics.jsonl")
+    writer.write(1, {"loss": 1.0})
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (writer.path.stat().st_size + 9, limits[1]))
+    for step in (2, 3):
+        writer.write(step, {"loss": 1.0})
+    size = writer.path.stat().st_size
+    writer.close()
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert (writer.path.read_text().count("\n"), size) == (1, writer.path.stat().st_size)
+    assert "so metrics from step 2 on wait until there is room." in caplog.text
+    assert "so 2 lines of metrics are lost." in caplog.text
+    writer.write(4, {"loss": 1.0})
+    assert [json.loads(line)["step"] for line in writer.path.read_text().splitlines()] == [1, 2, 3, 4]
+    assert caplog.text.count("metrics from step") == 1
 
 
 def test_console_shows_the_first_and_the_last(capsys, monkeypatch):

@@ -18,7 +18,7 @@ SHAPE = {"vocab_size": 96, "num_layers": 2, "embed_dim": 32, "num_heads": 4, "ml
 LLAMA = dataclasses.replace(config.TINY, **SHAPE, num_kv_heads=2, tied=False, rope_theta=5_000.0, norm_eps=1e-6)
 CASES = {
     "llama": LLAMA,
-    "llama, every head its own, tied": dataclasses.replace(LLAMA, num_kv_heads=4, tied=True),
+    "mistral, every head its own, tied": dataclasses.replace(LLAMA, num_kv_heads=4, tied=True, window=7),
     "gpt2": dataclasses.replace(config.GPT2_SMALL, **SHAPE, num_kv_heads=4),
 }
 TOKENS = np.random.default_rng(0).integers(0, 96, (8, 24), np.int32)
@@ -35,12 +35,16 @@ def theirs(cfg):
             n_inner=cfg.mlp_dim, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0, **shared,
         )  # fmt: skip
     else:
-        made = transformers.LlamaConfig(
-            hidden_size=cfg.embed_dim, intermediate_size=cfg.mlp_dim, num_hidden_layers=cfg.num_layers,
-            num_attention_heads=cfg.num_heads, num_key_value_heads=cfg.num_kv_heads, rms_norm_eps=cfg.norm_eps,
-            max_position_embeddings=cfg.max_positions, **shared,
-            rope_parameters={"rope_type": "default", "rope_theta": cfg.rope_theta},
-        )  # fmt: skip
+        llama = {
+            "hidden_size": cfg.embed_dim, "intermediate_size": cfg.mlp_dim, "num_hidden_layers": cfg.num_layers,
+            "num_attention_heads": cfg.num_heads, "num_key_value_heads": cfg.num_kv_heads,
+            "rms_norm_eps": cfg.norm_eps, "max_position_embeddings": cfg.max_positions, **shared,
+            "rope_parameters": {"rope_type": "default", "rope_theta": cfg.rope_theta},
+        }  # fmt: skip
+        if cfg.window is None:
+            made = transformers.LlamaConfig(**llama)
+        else:
+            made = transformers.MistralConfig(**llama, sliding_window=cfg.window)
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(made)
     with torch.no_grad():
@@ -81,7 +85,7 @@ def test_there_and_back(name, tmp_path):
     assert {path: leaf.sharding for path, leaf in _tree.leaves(ours).items()} == before
     np.testing.assert_allclose(logits(ours), logits_of(model), rtol=0, atol=1e-4)
 
-    if name != "llama, every head its own, tied":  # a compilation less
+    if name != "mistral, every head its own, tied":  # a compilation less
         batch = {
             "tokens": TOKENS, "labels": np.roll(TOKENS, -1, 1),
             "positions": np.tile(np.arange(24, dtype=np.int32), (8, 1)), "segments": np.zeros((8, 24), np.int32),
@@ -98,7 +102,7 @@ def test_there_and_back(name, tmp_path):
     np.testing.assert_allclose(logits_of(back), logits(ours), rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("cfg", [CASES["llama, every head its own, tied"], CASES["gpt2"]], ids=["llama", "gpt2"])
+@pytest.mark.parametrize("cfg", [CASES["mistral, every head its own, tied"], CASES["gpt2"]], ids=["mistral", "gpt2"])
 def test_without_transformers(cfg, tmp_path):
     """What is written is read again as it was, its shape by `config.json`; also with the bare names of the hub."""
     model = GPT(cfg, rngs=nnx.Rngs(0))
@@ -120,23 +124,23 @@ def test_without_transformers(cfg, tmp_path):
 @pytest.mark.parametrize(
     ("change", "line"),
     [
-        ({"model_type": "bert"}, "model_type is 'bert', and `models.gpt` reads 'gpt2' and 'llama'"),
+        ({"model_type": "bert"}, "model_type is 'bert', and `models.gpt` reads 'gpt2', 'llama' and 'mistral'"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}, "rope_parameters": None}, "scales rotary positions"),
         ({"attention_bias": True}, "attention_bias: True, and `models.gpt` computes False"),
         ({"head_dim": 16}, "head_dim: 16, and `models.gpt` computes 8"),
     ],
 )
 def test_what_the_model_does_not_compute_is_refused(change, line, tmp_path):
-    said = {**hf._to_json(LLAMA), **change}
+    said = {**hf._describe(LLAMA), **change}
     (tmp_path / "config.json").write_text(json.dumps(said))
     with pytest.raises(ValueError) as found:
         hf.read_config(tmp_path)
     assert line in str(found.value)
-    (tmp_path / "config.json").write_text(json.dumps(hf._to_json(LLAMA)))
+    (tmp_path / "config.json").write_text(json.dumps(hf._describe(LLAMA)))
     assert hf.read_config(tmp_path) == LLAMA
 
 
 def test_a_shape_of_neither_family_is_not_written(tmp_path):
     mixed = dataclasses.replace(LLAMA, norm="layer", bias=True)
-    with pytest.raises(ValueError, match="are neither GPT-2 nor Llama"):
+    with pytest.raises(ValueError, match="positions='rotary', and GPT2LMHeadModel has 'learned'"):
         hf.save(tmp_path / "saved", GPT(mixed, rngs=nnx.Rngs(0)))
