@@ -39,7 +39,10 @@ def read(opening: Mapping[str, Any], asked: Mapping[str, Asked]) -> dict[str, An
     for name, target in asked.items():
         store = opening[name].result()
         if store.shape != target.shape:
-            raise CheckpointError(f"{name}: {store.shape} in the store, {target.shape} was asked for.")
+            raise CheckpointError(
+                f"{name}: {store.shape} in the store, {target.shape} was asked for. The checkpoint contradicts itself: "
+                "restore another step."
+            )
         if isinstance(target, np.ndarray):
             _fill(target, store, tuple((0, size) for size in target.shape), window)
             values[name] = target

@@ -29,7 +29,7 @@ from .. import _processes, checkpoint
 from .._crash import on_crash
 from .._errors import CheckpointError, StepError, listed
 from .._types import PyTree
-from ..checkpoint import Keep
+from ..checkpoint import Keep, _orbax
 from ..checkpoint._about import versions
 from ..checkpoint._parts import plain_json, take_apart
 from ..checkpoint._restore import restore_valid
@@ -190,6 +190,7 @@ class Run:
             _processes.say(logging.INFO, "%s", text)
             if _processes.is_first():
                 self.events.write("restore", text, step=latest)
+        _orbax.prepare()
         self._state = state
         self._skipped = Skipped(self.directory)
         self._watch.start(self.step, self.directory / "metrics.jsonl")

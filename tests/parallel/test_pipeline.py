@@ -256,7 +256,12 @@ REFUSED = {
     "inside": ([PP], given("inside"), "inside of a transformation"),
     "never": ([PP], given("never"), "does not call the model's stack"),
     "stages": ([FOUR], STAGES, "has 4 stages, but axis 'pipe' has size 2"),
-    "sequences": ([jp.CP(), PP], {"context": 2, **STAGES}, "PP beside axis 'context'"),
+    "sequences once": (
+        [jp.CP(balance="none", reduce="step"), PP],
+        {"context": 2, **STAGES},
+        "PP beside CP(reduce='step'): a stage sums the gradients",
+    ),
+    "ring": ([jp.CP(method="ring"), PP], {"context": 2, **STAGES}, "PP beside CP(method='ring'): its keys go round by"),
     "no strategy": ([jp.DP()], {"data": 2, **STAGES}, "Add PP(microbatches=...) to the strategies"),
 }
 
