@@ -23,6 +23,7 @@ from . import _context, _kernels
 from ._blockwise import Marks
 from ._constrain import constrain, layout
 from ._errors import ShardingError
+from ._manual import manual
 from ._plan_text import bytes_text
 from ._planned import Traced
 from ._ring import across, grouped
@@ -188,9 +189,9 @@ def _on_many(
         heads=heads if shared != heads else (),
         group=q.shape[2] // k.shape[2],
     )
-    kernel = jax.shard_map(
+    kernel = manual(
+        region,
         body,
-        mesh=region.mesh,
         in_specs=(P(batch, seq, heads), P(batch, seq, shared), P(batch, seq, shared), specs),
         out_specs=P(batch, seq, heads),
         # With the check, `vmap` over replicas fails where a loop or a branch mixes what has the replica dim and what

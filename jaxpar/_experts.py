@@ -1,9 +1,9 @@
 """`experts`: each token through the experts that a router chose for it, which may lie on other devices.
 
-Where a plan is in force this is one full-manual `jax.shard_map` kernel, as in `_vocab.py`, so that it composes with
-the `vmap` over replicas, with `scan` and with remat. Tokens are split over the axes of the batch, the expert axis among
-them; experts lie over the expert axis, their hidden features over the axes of `mlp`. Tokens cross the expert axis by
-one all-to-all to their experts and one back, and twice more in the backward pass. Two ways to dispatch them:
+Where a plan is in force this is one full-manual kernel (`_manual`), so that it composes with the `vmap` over replicas,
+with `scan` and with remat, and in a stage of a pipeline. Tokens are split over the axes of the batch, the expert axis
+among them; experts lie over the expert axis, their hidden features over the axes of `mlp`. Tokens cross the expert axis
+by one all-to-all to their experts and one back, and twice more in the backward pass. Two ways to dispatch them:
 
     Capacity   every expert takes the same number of slots from each sequence; what does not fit is dropped and counted
                as one batched product       B E C D  ->  all-to-all  ->  E/p (p B C) D
@@ -29,6 +29,7 @@ from . import _context
 from ._constrain import layout
 from ._errors import ShardingError
 from ._grouped import grouped_dot
+from ._manual import manual
 from ._planned import Traced
 from ._route import Routing
 from ._types import Axes
@@ -138,9 +139,9 @@ def experts(
     _note(region, routing, dispatch, expert)
     tokens = P(batch, seq)
     into, out_of = P(expert, None, hidden), P(expert, hidden, None)
-    return jax.shard_map(
+    return manual(
+        region,
         jax.jit(ft.partial(kernel, at=_At(expert=expert, hidden=hidden, batch=batch, seq=seq))),  # as in `_vocab`
-        mesh=region.mesh,
         in_specs=(tokens, tokens, tokens, (into, out_of, into)[: len(matrices)]),
         out_specs=(tokens, P(batch)),
     )(x, routing.chosen, routing.weights, matrices)

@@ -173,8 +173,8 @@ def choose(asked: Asked, q: AnyArray, *, mesh: Any, split: ContextSplit | None, 
     plain: Name = "xla" if whole else "blockwise"
     wanted = asked.name or _OWN.get(platform, plain)
     why_not = _why_not(wanted, asked, q, platform, split)
-    if wanted == "splash" and inside and not why_not:
-        why_not = "XLA cannot split it by itself, and a stage of a pipeline is a manual region already"
+    if inside and not why_not and (wanted == "splash" or (wanted == "cudnn" and split is not None)):
+        why_not = "it is a kernel, a stage of a pipeline is a manual region, and one in another needs types it lacks"
     if why_not and asked.name is not None:
         raise ShardingError(f"attention: kernel={wanted!r} cannot compute this: {why_not}. Leave kernel= out.")
     name = plain if why_not else wanted

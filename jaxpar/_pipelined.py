@@ -14,6 +14,7 @@ drops it. The stack's block is the layer that the stages run.
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -124,6 +125,7 @@ def pipelined(loss: LossOf, params: dict[str, jax.Array], micro: PyTree, region:
             {path: spec(path, leaf) for path, leaf in ends.items()},
             {path: P(*tuple(spec(path, leaf))[layer.layer_dims :]) for path, leaf in blocks.items()},
         ),
+        parts=math.prod(plan.axes[axis] for axis in plan.batch_axes if axis not in replicas),
     )
     return Pipelined(
         run=run,
@@ -143,12 +145,17 @@ def _mapped(loss: LossOf, params: dict[str, Any], micro: PyTree, region: Region,
     axes = tuple(reversed(list(itertools.takewhile(cut.__contains__, reversed(region.plan.replicas)))))
     if not axes:
         return ()
+    # In other forms a device has one replica, for which `_grouped` has its rule; here it may have more.
+    names = _traits.UNMAPPABLE | {"custom_vmap_call": "ragged_dot"}
     with _context.entered(None):
-        found = _traits.find(jax.make_jaxpr(loss)(params, micro).jaxpr, _traits.UNMAPPABLE)
+        found = names.get(_traits.find(jax.make_jaxpr(loss)(params, micro).jaxpr, names) or "")
+    plan = region.plan
+    kernels = [*plan.dims.get("expert", ()), *([] if plan.context is None else [plan.context.axis])]
+    if not found and kernels:
+        found = f"a kernel over {kernels[0]}"
     if found and isinstance(region, Traced):
         region.notes.append(
-            f"{_traits.UNMAPPABLE[found]} cannot be mapped over {'+'.join(axes)}: the weights of a stage are gathered "
-            "whole, once a step."
+            f"{found} cannot be mapped over {'+'.join(axes)}: the weights of a stage are gathered whole, once a step."
         )
     return () if found else axes
 

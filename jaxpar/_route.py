@@ -16,6 +16,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
+from . import _context
 from ._errors import ShardingError
 
 
@@ -80,7 +81,8 @@ def route(
             of one expert needs it, or its router has no gradient.
 
     Raises:
-        ShardingError: The shape is another one, or there are not as many experts.
+        ShardingError: The shape is another one, there are not as many experts, or the plan shows the model parts of
+            sequences, `CP(reduce="step")`.
 
     Example:
         >>> routing = jp.route(jnp.array([[[0.0, 3.0, 1.0]]]), 2)
@@ -121,7 +123,8 @@ def route_by_expert(logits: jax.Array, capacity: float) -> Routing:
         capacity: How many experts a token has on average: each takes `capacity` T / E tokens of T, rounded up.
 
     Raises:
-        ShardingError: The shape is another one, or `capacity` is not above 0 and at most E.
+        ShardingError: The shape is another one, `capacity` is not above 0 and at most E, or parts of sequences as in
+            `route`.
 
     Example:
         >>> routing = jp.route_by_expert(jnp.array([[[3.0, 0.0], [1.0, 0.0], [0.0, 2.0], [0.0, 1.0]]]), 1.0)
@@ -170,5 +173,12 @@ def _probabilities(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def _check(logits: jax.Array, caller: str) -> None:
+    region = _context.current()
+    split = None if region is None else region.plan.context
+    if region is not None and split is not None and split.axis in region.replicas:
+        raise ShardingError(
+            f"{caller}: loads and losses of a router are means over a sequence, but with CP(reduce='step') the model "
+            f"sees the part of one device of {split.axis!r}. Use CP(reduce='microbatch')."
+        )
     if logits.ndim != 3:
         raise ShardingError(f"{caller}: logits have shape {logits.shape}. Give [batch, sequence, experts].")

@@ -161,8 +161,12 @@ class StepFunction:
         call = _calls.take_apart(self._names, args, kwargs)
         compiled = self._get(call)
         if not compiled.ends:
-            # JAX keeps what it compiles here for the call.
-            program = compiled.function.lower(*_shapes(call)).compile()
+            # JAX keeps what it compiles here for the call, whose arrays have these types and places.
+            placed = [
+                jax.ShapeDtypeStruct(each.shape, each.dtype, weak_type=each.weak_type, sharding=sharding)
+                for each, sharding in zip(_shapes(call), compiled.shardings, strict=True)
+            ]
+            program = compiled.function.lower(*placed).compile()
             refuse_stuck(self.__name__, program, self.plan.mesh)
             compiled.ends = True
         result = compiled(call)

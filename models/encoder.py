@@ -80,10 +80,8 @@ class Block(nnx.Module):
     def attend(self, x: jax.Array, segments: jax.Array) -> jax.Array:
         """Self-attention within segments."""
         batch, seq, _ = x.shape
-        heads = (project(x).reshape(batch, seq, self.cfg.num_heads, -1) for project in (self.q, self.k, self.v))
-        q, k, v = (jp.constrain(each, "batch", None, "heads", None) for each in heads)  # B T N H
-        mask = (segments[:, :, None] == segments[:, None, :])[:, None]  # B 1 T T
-        mixed = jax.nn.dot_product_attention(q, k, v, mask=mask).reshape(x.shape)
+        q, k, v = (project(x).reshape(batch, seq, self.cfg.num_heads, -1) for project in (self.q, self.k, self.v))
+        mixed = jp.attention(q, k, v, segments=segments, causal=False).reshape(x.shape)
         return jp.constrain(self.o(mixed), "batch", "seq", "embed")
 
     def mlp(self, x: jax.Array) -> jax.Array:

@@ -121,11 +121,23 @@ def test_a_skewed_router_reports_its_overflow():
     np.testing.assert_allclose(found[0][1]["dropped"], np.mean(by_hand))
 
 
+def to_one_device(logits, dropping=False):
+    """All tokens prefer experts 0 and 1; `dropping` weighs the choices for which there is no room with zero.
+
+    A device has two sequences, and a buffer of the even share has room for the choices of expert 0 of the first.
+    """
+    routing = jp.route(jnp.where((jnp.arange(E) < 2)[None, None], 100.0 + logits, logits), K)
+    kept = (routing.chosen == 0) & (jnp.arange(B) % 2 == 0)[:, None, None]
+    return dataclasses.replace(routing, weights=jnp.where(kept, routing.weights, 0.0)) if dropping else routing
+
+
 def test_a_buffer_that_is_too_small_reports_its_overflow():
-    """All tokens go to the experts of one device of four: a buffer of the even share holds a quarter of them."""
-    one_device = lambda logits: jp.route(jnp.where((jnp.arange(E) < 2)[None, None], 100.0 + logits, logits), K)
-    found, *_ = sharded(jp.Dropless(buffer=1.0), choose=one_device, data=2, expert=4)
-    np.testing.assert_allclose(found[0][1]["dropped"], T * K * 3 / 4)
+    """Of what goes to one device of four a quarter finds room; what does not adds nothing, and has no gradient."""
+    (value, aux), gradients = sharded(jp.Dropless(buffer=1.0), choose=to_one_device, data=2, expert=4)[0]
+    np.testing.assert_allclose(aux["dropped"], T * K * 3 / 4)
+    (expected, _), gradients_of_one = reference(choose=ft.partial(to_one_device, dropping=True))
+    table = testing.compare({"loss": value, **gradients}, {"loss": expected, **gradients_of_one}, None)
+    assert table.ok, str(table)
 
 
 @pytest.mark.parametrize(("dispatch", "sizes"), [("capacity", 0), ("dropless", 1)])
@@ -227,17 +239,43 @@ def test_experts_without_a_gate():
     np.testing.assert_allclose(y, by_hand, rtol=1e-4, atol=1e-5)
 
 
+def unfilled(x, sizes):
+    """`x` with no numbers in rows of no group."""
+    return jnp.where((jnp.arange(len(x)) < sizes.sum())[:, None], x, jnp.nan)
+
+
+@jax.custom_vjp
+def kept_as_it_is(x, sizes):
+    return x
+
+
+kept_as_it_is.defvjp(lambda x, sizes: (x, sizes), lambda sizes, cotangent: (unfilled(cotangent, sizes), None))
+
+
+def careless(x, matrices, sizes):
+    """A product that leaves anything in rows of no group, as platforms may: results, and gradients of rows."""
+    return unfilled(grouped_dot(kept_as_it_is(x, sizes), matrices, sizes), sizes)
+
+
+def test_what_a_platform_leaves_in_room_that_was_not_needed_goes_nowhere(monkeypatch):
+    monkeypatch.setattr(_experts, "grouped_dot", careless)
+    check(sharded.__wrapped__(jp.Dropless(), data=2, expert=4)[0], reference())
+
+
 MISTAKES = {
     "_counts": lambda ids, number: jnp.roll(COUNTS(ids, number), 1),
     "_slots": lambda chosen, weights, *rest: SLOTS(chosen, weights[..., ::-1], *rest),
+    "_rows_where": lambda wanted, rows: rows,
 }
 COUNTS, SLOTS = _experts._counts, _experts._slots
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_mistake_is_noticed(mistake, monkeypatch):
-    """Groups shifted by one, and weights of the other choice."""
+    """Groups shifted by one, weights of the other choice, room that was not needed taken for rows."""
     monkeypatch.setattr(_experts, mistake, MISTAKES[mistake])
+    if mistake == "_rows_where":
+        monkeypatch.setattr(_experts, "grouped_dot", careless)
     dispatch = FITS["capacity" if mistake == "_slots" else "dropless"]
     found, *_ = sharded.__wrapped__(dispatch, data=2, expert=4)
     with pytest.raises(AssertionError):
@@ -271,6 +309,14 @@ def test_routings_that_make_no_sense_are_errors():
         jp.Capacity(factor=0)
     with pytest.raises(ShardingError, match=r"buffer is 0.5. Use 1 or more"):
         jp.Dropless(buffer=0.5)
+
+
+def test_a_router_sees_whole_sequences():
+    """Its losses are means over a sequence, and of a part they are other numbers."""
+    plan = jp.plan(params, programs.mesh(context=2), [jp.CP(balance="none", reduce="step")], dims=DIMS)
+    grad = jp.value_and_grad(ft.partial(loss, dispatch=FITS["dropless"]), has_aux=True, accumulate=2)
+    with pytest.raises(ShardingError, match=r"route: loads and losses of a router are means over a sequence, but with"):
+        plan.jit(grad).lower(plan.abstract(), plan.batch(BATCH))
 
 
 def test_slots_need_whole_sequences():

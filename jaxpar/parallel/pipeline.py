@@ -25,6 +25,10 @@ class PP(Strategy):
     the stack, their gradients and optimiser state divide by the axis size; a stage keeps one activation for each
     microbatch in flight. On a mesh without the axis the stack is a scan over its layers, as without `PP`.
 
+    Beside it every other strategy may stand, except rings of keys (`CP(method="ring")`): what a stage moves is in a
+    branch that other stages do not take, where sums, gathers and all-to-alls are good within a stage, and permutes are
+    not. Axes of replicas are crossed once a step; `fsdp`, `expert` and `context` once a microbatch.
+
     Args:
         axis: The axis of the stages.
         schedule: A name (`"gpipe"`, `"1f1b"`), a CSV file, or a `jp.Schedule`.
@@ -112,13 +116,16 @@ class PP(Strategy):
         if len(stacks) != 1 or not all(".each." in f".{leaf.path}" for leaf in next(iter(stacks.values()))):
             draft.problems.append(self._what_is_needed(stacks))
             return
-        beside = list(draft.dims.get("expert", ()))
-        if draft.context is not None:
-            beside.append(draft.context.axis)
-        if beside:
+        if draft.context is not None and draft.context.method in ("ring", "hybrid"):
             draft.problems.append(
-                f"{self.label} beside axis {beside[0]!r}, over which a sequence or experts are split by kernels that "
-                "are manual over the whole mesh: a stage is a manual region already. Leave one of the two out."
+                f"{self.label} beside CP(method={draft.context.method!r}): its keys go round by permutes, which join "
+                "every device of the mesh, and the stages of a pipeline are not all at it at once. Use "
+                "CP(method='allgather') or 'ulysses', whose groups lie within a stage."
+            )
+        if draft.context is not None and draft.context.reduce == "step":
+            draft.problems.append(
+                f"{self.label} beside CP(reduce='step'): a stage sums the gradients of its weights over "
+                f"{draft.context.axis!r} in each microbatch. Use CP(reduce='microbatch')."
             )
         leaves = next(iter(stacks.values()))
         each = leaves[0].shape[leaves[0].layers - 1] // stages

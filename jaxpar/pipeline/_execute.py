@@ -141,6 +141,7 @@ class Run:
             the second may be split over `axis` without anything to move.
         specs: Where the gradients lie while they add up, `(ends, blocks)`: for each leaf a spec without replicas, the
             layers' dims of the blocks left out. By default as the compiler likes.
+        parts: Into how many parts axes beside these split the rows of a replica.
 
     Raises:
         ShardingError: As `value_and_grad`.
@@ -154,6 +155,7 @@ class Run:
     mapped: Axes = ()
     layer_dims: int = 1
     specs: tuple[PyTree, PyTree] | None = None
+    parts: int = 1
 
     def __post_init__(self) -> None:
         _check(self.schedule, self.mesh, self.axis, self.replicas)
@@ -241,7 +243,7 @@ class Run:
         }
 
     def _form(self, ends: PyTree, micro: PyTree) -> Form:
-        """The form of the stream; rows are split over stages where all that has a gradient, or is added up, has some.
+        """The form of the stream; rows are split over stages where all that has a gradient, or is added up, has enough.
 
         A key of random numbers may have none, if it is the same for all rows.
         """
@@ -252,7 +254,8 @@ class Run:
         placed = [] if self.specs is None else jax.tree.leaves(self.specs[0], is_leaf=lambda spec: isinstance(spec, P))
         is_vocabulary_split = any(self.axis in jax.tree.leaves(tuple(spec)) for spec in placed)
         sizes = {leaf.shape[:1] for leaf in jax.tree.leaves(shapes)}
-        if p == 1 or len(sizes) > 1 or is_vocabulary_split or any(not each or each[0] % p for each in sizes):
+        enough = all(each and each[0] % (p * self.parts) == 0 for each in sizes)
+        if p == 1 or len(sizes) > 1 or is_vocabulary_split or not enough:
             return whole
         fewer = lambda x: jax.ShapeDtypeStruct((x.shape[0] // p, *x.shape[1:]), x.dtype)
         parts = jax.tree.map(fewer, shapes)

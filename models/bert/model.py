@@ -1,7 +1,8 @@
 """BERT, the part that guesses masked tokens: an encoder, and a head tied to the embedding.
 
 Notable: which tokens are masked is drawn from the id of the example, not from where it lies in a batch, so that a mesh
-and accumulation change nothing; the loss is `jp.cross_entropy`, whose bias is a feature that is always 1.
+and accumulation change nothing; but from its place in its sequence, so that a mesh which splits sequences keeps their
+order, `jp.CP(balance="none")`. The loss is `jp.cross_entropy`, whose bias is a feature that is always 1.
 
 Shapes: B batch, T sequence, D embed_dim, V vocabulary.
 """

@@ -77,9 +77,11 @@ def theirs(name, cfg):
         auto = transformers.AutoModelForImageClassification
     torch.manual_seed(0)
     model = auto.from_config(made)
-    with torch.no_grad():  # biases, norms and statistics too: zeros and ones would hide one that is left out
+    # Biases, norms and statistics too: zeros and ones would hide one that is left out; and large enough for a GELU by
+    # tanh to be seen.
+    with torch.no_grad():
         for each in model.parameters():
-            each.add_(0.1 * torch.randn_like(each))
+            each.add_(0.3 * torch.randn_like(each))
         for path, each in model.named_buffers():
             if "running" in path:
                 each.add_(torch.rand_like(each))

@@ -256,7 +256,12 @@ REFUSED = {
     "inside": ([PP], given("inside"), "inside of a transformation"),
     "never": ([PP], given("never"), "does not call the model's stack"),
     "stages": ([FOUR], STAGES, "has 4 stages, but axis 'pipe' has size 2"),
-    "sequences": ([jp.CP(), PP], {"context": 2, **STAGES}, "PP beside axis 'context'"),
+    "sequences once": (
+        [jp.CP(balance="none", reduce="step"), PP],
+        {"context": 2, **STAGES},
+        "PP beside CP(reduce='step'): a stage sums the gradients",
+    ),
+    "ring": ([jp.CP(method="ring"), PP], {"context": 2, **STAGES}, "PP beside CP(method='ring'): its keys go round by"),
     "no strategy": ([jp.DP()], {"data": 2, **STAGES}, "Add PP(microbatches=...) to the strategies"),
 }
 
@@ -315,5 +320,9 @@ def test_a_step_whose_stages_would_wait_for_one_another_is_refused(turns):
             with pytest.raises(jp.StepError, match=r"(?s)it would never end\..*along 'pipe' take and others do not"):
                 step(model, batch)
         else:
+            asked = []
+            listen = lambda event, **_: asked.append(event) if "compile_requests" in event else None
+            jax.monitoring.register_event_listener(listen)
             assert np.isfinite(step(model, batch)[0])
-            assert step.num_compilations == 1
+            jax.monitoring.unregister_event_listener(listen)
+            assert len(asked) == step.num_compilations == 1  # what was looked through is what runs

@@ -16,6 +16,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 import jaxpar as jp
 from jaxpar import pipeline
 from jaxpar._branches import refuse_stuck
+from jaxpar._context import Region
+from jaxpar._manual import manual
 
 WIDTH = 8
 
@@ -132,6 +134,26 @@ def test_a_permute_by_hand_in_a_branch_is_refused():
         refuse_stuck("step", program.compile(), on)
 
 
+@pytest.mark.parametrize(("axis", "is_stuck"), [("expert", False), ("pipe", True)])
+def test_an_exchange_in_a_branch_is_refused_if_its_groups_are_of_two_minds(axis, is_stuck):
+    """Along an inner axis a group lies within one stage, all of which takes the branch: nobody is waited for."""
+    on = mesh(pipe=2, expert=2)
+
+    def stage(x):
+        x = x[0]
+        swap = lambda x: lax.all_to_all(x, axis, 0, 0, tiled=True)
+        return lax.cond(lax.axis_index("pipe") == 0, swap, lambda x: x, x)[None]
+
+    both = P("pipe", "expert")
+    program = jax.jit(jax.shard_map(stage, mesh=on, in_specs=both, out_specs=both)).lower(jnp.ones((2, 4))).compile()
+    if is_stuck:
+        with pytest.raises(jp.StepError, match=r"all-to-all over 'pipe'.* Its groups run along 'pipe'"):
+            refuse_stuck("step", program, on)
+    else:
+        refuse_stuck("step", program, on)
+        np.testing.assert_array_equal(program(jnp.arange(8.0).reshape(2, 4)), [[0, 2, 1, 3], [4, 5, 6, 7]])
+
+
 def test_a_block_that_the_partitioner_reshards_by_permutes_is_refused():
     on = mesh(pipe=2, data=2, tensor=2)
     with jax.set_mesh(on):
@@ -194,6 +216,49 @@ def test_a_wide_product_of_split_rows_is_refused_on_tpu_and_one_of_whole_rows_is
             refuse_stuck("step", program, on)
     else:
         refuse_stuck("step", program, on)
+
+
+# ---- a kernel in a stage
+
+
+@pytest.mark.parametrize("naive", [True, False])
+def test_a_kernel_in_a_stage_is_differentiated_inside_not_across_its_edge(naive):
+    """Across it, what is kept for the backward pass is said to differ over the pipe too, which the stage has taken.
+
+    The constant is kept as well, by a scan that asks what it can compute before its loop.
+    """
+    strategies = [jp.DP(axis="pipe"), jp.FSDP(axis="expert", min_bytes=0)]
+    plan = jp.plan(lambda: {"w": jnp.ones((4, 4))}, mesh(pipe=2, expert=2), strategies)
+    region = Region(plan=plan, replicas=("pipe",), manual=True)
+    rows = P("expert")
+
+    def body(x, w):
+        return jnp.tanh(lax.all_to_all(x, "expert", 0, 0, tiled=True) @ w) * jnp.arange(4.0)[None]
+
+    def layer(x, w):
+        if naive:
+            kernel = jax.shard_map(body, mesh=region.mesh, axis_names={"expert"}, in_specs=(rows, P()), out_specs=rows)
+        else:
+            kernel = manual(region, body, in_specs=(rows, P()), out_specs=rows)
+        return jax.checkpoint(kernel)(x, w), None
+
+    def total(w, x):
+        return jnp.sum(lax.scan(layer, x, w)[0] ** 2)
+
+    def stage(w, x):
+        return lax.cond(lax.axis_index("pipe") == 0, jax.grad(total), lambda w, x: w, w[0], x[0])[None]
+
+    w, x = (jax.random.normal(jax.random.key(at), shape) for at, shape in enumerate([(2, 3, 4, 4), (2, 4, 4)]))
+    run = jax.jit(jax.shard_map(stage, mesh=plan.mesh, in_specs=P("pipe"), out_specs=P("pipe"), axis_names={"pipe"}))
+    if naive:
+        with pytest.raises(ValueError, match="manual"):
+            run.lower(w, x)
+        return
+    program = run.lower(w, x).compile()
+    refuse_stuck("step", program, plan.mesh)
+    one = lambda x, w: (jnp.tanh(x[jnp.array([0, 2, 1, 3])] @ w) * jnp.arange(4.0)[None], None)
+    expected = jax.grad(lambda w, x: jnp.sum(lax.scan(one, x, w)[0] ** 2))(w[0], x[0])
+    np.testing.assert_allclose(program(w, x)[0], expected, rtol=1e-5, atol=1e-6)
 
 
 # ---- bfloat16
