@@ -43,7 +43,7 @@ matrix: .venv/installed-dev
 	$(BIN)/python -m pytest -n 2 -m matrix $(ARGS)
 
 # Runs of two processes killed 50 times each, and one that shrinks to three processes and grows again; every figure is
-# printed. A quarter of an hour on two cores; JAXPAR_KILLS=10 for fewer.
+# printed. An hour on two busy cores; JAXPAR_KILLS=10 for fewer.
 chaos: .venv/installed-dev
 	$(BIN)/python -m pytest -m chaos -s $(ARGS) tests/chaos
 

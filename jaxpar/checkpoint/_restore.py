@@ -36,9 +36,10 @@ def restore(
 ) -> T:
     """Read a checkpoint into the shape of `like`, straight onto the shardings that its leaves have.
 
-    Each process hashes its share of the bytes, then reads its own shards alone. The mesh may be another one than that
-    of the save, and a stack of layers may be scanned here and not there, or the other way round. Leaves are compared
-    with the checkpoint before any array is read.
+    Each process hashes its share of the bytes, then reads its own shards alone; beside them it holds 64 MiB in host
+    memory at most, and its piece of one array while that goes to a device. The mesh may be another one than that of the
+    save, and a stack of layers may be scanned here and not there, or the other way round. Leaves are compared with the
+    checkpoint before any array is read.
 
     Args:
         directory: What `save` was given.
