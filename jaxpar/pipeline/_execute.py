@@ -30,6 +30,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from .._compat import exact_erf
 from .._errors import ShardingError, StepError
 from .._types import AnyMesh, Axes, PyTree
 from ._schedule import Schedule
@@ -351,7 +352,12 @@ class Run:
         return jax.tree.map(place, sums, self.specs[1])
 
     def _region(self, body: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
-        return jax.shard_map(body, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, axis_names=set(self.manual))
+        def traced(*args: Any) -> Any:
+            with exact_erf():
+                return body(*args)
+
+        axes = set(self.manual)
+        return jax.shard_map(traced, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, axis_names=axes)
 
     @property
     def _ring(self) -> list[tuple[int, int]]:

@@ -140,6 +140,14 @@ class Events:
             self._lines.flush()
 
 
+def shortened(words: str, most: int = 600) -> str:
+    """`words` less their middle, where they are many: an error says first what failed, and last why, or what to do."""
+    if len(words) <= most:
+        return words
+    half = (most - len(" ... ")) // 2
+    return f"{words[:half]} ... {words[-half:]}"
+
+
 def read(directory: str | os.PathLike[str]) -> list[Event]:
     """The events of all processes, in the order in which they happened.
 

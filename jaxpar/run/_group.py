@@ -20,10 +20,11 @@ from collections.abc import Mapping, Sequence
 
 from .._devices import THREADS
 from . import _launched, _logs
+from ._events import shortened
 
 COLOURS = (36, 33, 35, 32, 34, 31, 96, 93)  # of a terminal, by rank
 MOST_LINES = 10_000  # held until it is known where they go
-TAIL, MOST_WORDS = 30, 300  # lines in which an exception is looked for; characters of last words
+TAIL = 30  # lines in which an exception is looked for
 EXCEPTION = re.compile(r"[A-Za-z_][\w.]*(Error|Exception|Interrupt|Exit): ")
 
 # What a process does before it becomes the command: ask Linux to kill it when the launcher dies, however that dies.
@@ -112,7 +113,7 @@ class Member:
         self._lines.append(line)
         self._tail.append(line)
         if line.strip(" -") and not line.startswith("[Gloo]"):  # which greets on every connection
-            self._words = line.strip()[:MOST_WORDS]
+            self._words = shortened(line.strip())
         self._keep()
 
     def _keep(self) -> None:
@@ -195,7 +196,10 @@ class Group:
 def _exception(tail: Sequence[str]) -> str:
     """The exception by which Python ended, in one line; messages of several lines say first what is the matter."""
     begins = [at for at, line in enumerate(tail) if EXCEPTION.match(line)]
-    return " ".join(" ".join(list(tail)[begins[-1] :]).split())[:MOST_WORDS] if begins else ""
+    if not begins:
+        return ""
+    words = " ".join(" ".join(list(tail)[begins[-1] :]).split())
+    return shortened(words.removeprefix(words.split(":", 1)[0].rpartition(".")[0]).removeprefix("."))
 
 
 def _tied(command: Sequence[str]) -> list[str]:

@@ -30,7 +30,7 @@ from .. import _cluster, _devices
 from .._errors import MeshError
 from . import _exits, _launched
 from ._beat import Pulse, pulses
-from ._events import LAUNCHER, Events, read
+from ._events import LAUNCHER, Events, read, shortened
 from ._group import Ended, Group
 
 LAST = ("error", "hang", "disagree", "nan", "spike")  # events that are the last words of a process
@@ -249,7 +249,7 @@ class _Supervisor:
             "frozen": f"froze {where}: {failure.words}; killed.",
             "stuck": f"is stuck {where}: {failure.words}; killed.",
         }[failure.kind]
-        words = failure.words if len(failure.words) <= MOST_WORDS else f"{failure.words[: MOST_WORDS - 4]} ..."
+        words = shortened(failure.words, MOST_WORDS)
         said = f" Last words: {words.rstrip('.')}." if failure.kind == "died" and words else ""
         others = " The others, which wait for it, were killed." if count > 1 else ""
         text = f"Process {failure.rank} of {count} on {socket.gethostname()} (pid {failure.pid}) {how}{others}"

@@ -36,7 +36,7 @@ from ..checkpoint._restore import restore_valid
 from ..checkpoint._steps import drop_after, newest, none_valid, prune_known, root, set_aside, tidy
 from . import _exits, _launched, _signals
 from ._beat import Beat, pulses
-from ._events import Events
+from ._events import Events, shortened
 from ._every import parse_every
 from ._fault import Fault
 from ._logs import kept_log
@@ -298,8 +298,7 @@ class Run:
 
     def _on_crash(self, error: BaseException) -> None:
         self._watch.close()
-        said = " ".join(str(error).split())
-        words = f"{type(error).__name__}: {said[:400]}"
+        words = shortened(f"{type(error).__name__}: {' '.join(str(error).split())}")
         ended = f"Process {jax.process_index()} on {socket.gethostname()} ended in step {self.step}"
         text = f"{ended}; started again, it goes on from {self._told_sound()}. {words}"
         self.events.write("error", text, step=self.step, words=words)

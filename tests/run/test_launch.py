@@ -12,6 +12,7 @@ import pytest
 
 from jaxpar._errors import MeshError
 from jaxpar.run import read
+from jaxpar.run._events import shortened
 from jaxpar.run._group import Group
 from jaxpar.run._launch import Launch, launch
 
@@ -100,6 +101,14 @@ def test_last_words_are_the_whole_exception(tmp_path, capsys):
     command = (sys.executable, "-S", "-E", "-c", script)
     assert launch(Launch(command=command, num_processes=1, devices_per_process=1, restarts=1, backoff=0.05)) == 70
     assert "Last words: ValueError: two axes, and one is known: data Name it." in capsys.readouterr().out
+
+
+def test_last_words_keep_both_ends_of_a_long_message():
+    assert shortened("a word or two") == "a word or two"
+    found = shortened(f"could not be saved: {'x' * 500}: No space left on device", 60)
+    assert found.startswith("could not be saved: xxx")
+    assert found.endswith("xxx: No space left on device"[-20:])
+    assert len(found) < 61
 
 
 def test_one_step_that_fails_again_and_again(tmp_path):
