@@ -7,6 +7,7 @@ terminal with its rank, into the run's `logs/process_3.log`, and its end is reme
 import collections
 import contextlib
 import dataclasses
+import itertools
 import os
 import pathlib
 import re
@@ -24,8 +25,9 @@ from ._events import shortened
 
 COLOURS = (36, 33, 35, 32, 34, 31, 96, 93)  # of a terminal, by rank
 MOST_LINES = 10_000  # held until it is known where they go
-TAIL = 30  # lines in which an exception is looked for
+TAIL = 300  # lines in which an exception is looked for
 EXCEPTION = re.compile(r"[A-Za-z_][\w.]*(Error|Exception|Interrupt|Exit): ")
+LOGGED = re.compile(r"(INFO|WARNING|ERROR|CRITICAL):|Traceback ")  # what threads say after the last words
 
 # What a process does before it becomes the command: ask Linux to kill it when the launcher dies, however that dies.
 # (`preexec_fn` would do it too, and runs JAX's own hooks against forking.)
@@ -194,12 +196,18 @@ class Group:
 
 
 def _exception(tail: Sequence[str]) -> str:
-    """The exception by which Python ended, in one line; messages of several lines say first what is the matter."""
+    """The exception by which Python ended, in one line; messages of several lines say first what is the matter.
+
+    One of ours is preferred: threads that go on for a moment may end by others.
+    """
     begins = [at for at, line in enumerate(tail) if EXCEPTION.match(line)]
+    own = [at for at in begins if tail[at].startswith("jaxpar._errors.")]
     if not begins:
         return ""
-    words = " ".join(" ".join(list(tail)[begins[-1] :]).split())
-    return shortened(words.removeprefix(words.split(":", 1)[0].rpartition(".")[0]).removeprefix("."))
+    first, *more = list(tail)[(own or begins)[-1] :]
+    name, _, said = first.partition(": ")
+    rest = itertools.takewhile(lambda line: not LOGGED.match(line), more)
+    return shortened(" ".join(" ".join([f"{name.rpartition('.')[2]}: {said}", *rest]).split()))
 
 
 def _tied(command: Sequence[str]) -> list[str]:
