@@ -56,7 +56,7 @@ def tensor_rules(cfg: EncoderConfig, *, vocab: tuple[str, ...] = ()) -> jp.TP:
 
 
 def encoder(cfg: EncoderConfig, *, rngs: nnx.Rngs) -> jp.Stack:
-    """The blocks of `cfg`, called as `(x, segments)`: [B, T, D] and [B, T], and giving [B, T, D]."""
+    """The blocks of `cfg`, called as `(x, segments)`: [B, T, D] and [B, T] or `None`, and giving [B, T, D]."""
     return jp.Stack(lambda rngs: Block(cfg, rngs=rngs), cfg.num_layers, rngs=rngs, remat=cfg.remat)
 
 
@@ -70,15 +70,15 @@ class Block(nnx.Module):
         self.up = Linear(cfg.embed_dim, cfg.mlp_dim, rngs=rngs)
         self.down = Linear(cfg.mlp_dim, cfg.embed_dim, rngs=rngs)
 
-    def __call__(self, x: jax.Array, segments: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, segments: jax.Array | None) -> jax.Array:
         if self.cfg.norm == "before":
             x = x + self.attend(self.attn_norm(x), segments)
             return x + self.mlp(self.mlp_norm(x))
         x = self.attn_norm(x + self.attend(x, segments))
         return self.mlp_norm(x + self.mlp(x))
 
-    def attend(self, x: jax.Array, segments: jax.Array) -> jax.Array:
-        """Self-attention within segments."""
+    def attend(self, x: jax.Array, segments: jax.Array | None) -> jax.Array:
+        """Self-attention within segments; `None` is one."""
         batch, seq, _ = x.shape
         q, k, v = (project(x).reshape(batch, seq, self.cfg.num_heads, -1) for project in (self.q, self.k, self.v))
         mixed = jp.attention(q, k, v, segments=segments, causal=False).reshape(x.shape)

@@ -399,16 +399,17 @@ def _decide(block: Block, compiler: str) -> None:
 
 def _around_kernels(block: Block) -> set[int]:
     """What is written down because a kernel takes it or makes it; turned for that, it is written in either order."""
-    made = {id(out): op for op in block.ops for out in op.outputs}
-    taken = {id(value): value for op in block.ops if op.name in KERNELS for value in op.inputs if value is not None}
-    given = {id(value) for op in block.ops if op.name in KERNELS for value in op.outputs}
+    kernels = [op for op in block.ops if op.name in KERNELS]
+    taken = {id(value) for op in kernels for value in op.inputs if value is not None}
+    given = {id(value) for op in kernels for value in op.outputs}
     found = set(taken)
     for op in block.ops:
-        if op.name == "transpose" and op.inputs[0] is not None:
-            if id(op.outputs[0]) in taken and id(op.inputs[0]) in made:
-                found.add(id(op.inputs[0]))
-            if id(op.inputs[0]) in given:
-                found.add(id(op.outputs[0]))
+        if op.name == "transpose":
+            before, after = id(op.inputs[0]), id(op.outputs[0])
+            if after in taken:
+                found.add(before)
+            if before in given:
+                found.add(after)
     return found
 
 

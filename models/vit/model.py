@@ -37,7 +37,7 @@ class ViT(nnx.Module):
         token = jnp.broadcast_to(self.token[...][None], (len(x), 1, x.shape[-1]))
         x = jnp.concatenate([token.astype(x.dtype), x], axis=1) + self.positions[...][None]
         x = jp.constrain(x, "batch", "seq", "embed")
-        x = self.blocks(x, jnp.zeros(x.shape[:2], jnp.int32))
+        x = self.blocks(x, None)
         return self.head(self.norm(x)[:, 0])
 
 
