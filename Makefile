@@ -37,8 +37,8 @@ check: .venv/installed-dev
 notebooks: .venv/installed-dev
 	$(BIN)/python notebooks/run.py
 
-# Every strategy on every model and mesh, 1,508 cases of some 8 CPU-seconds: two hours on two cores, for a night. In
-# parts, by model: ARGS="-k gpt", or unrolled, stack, mlp, pytree. `make test` runs a covering array of it.
+# Every strategy on every model and mesh, some 2,700 cases of some 8 CPU-seconds: three hours on two cores, for a night.
+# In parts: ARGS=tests/contract/test_pipelines.py, or by model: ARGS="-k gpt". `make test` runs a covering array of it.
 matrix: .venv/installed-dev
 	$(BIN)/python -m pytest -n 2 -m matrix $(ARGS)
 

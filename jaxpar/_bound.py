@@ -186,7 +186,8 @@ class BoundPlan(Plan):
         holds the matrix).
 
         The values do not depend on the mesh, nor on whether there is one: they are those of the factory under
-        `jax.jit`.
+        `jax.jit`. On CPUs XLA rounds logarithms and exponentials of a factory's own by the shape of a piece: these
+        (`jax.random.exponential`, a schedule of decays) may differ in the last bit. JAX's initialisers do not.
 
         Returns:
             What the factory makes; nnx lists of blocks that `FSDP(blocks=...)` names are a `jp.Stack` in it.
@@ -196,7 +197,8 @@ class BoundPlan(Plan):
         """
         self._check_attached("init")
         shardings = {path: self.sharding(record.storage) for path, record in self.records.items()}
-        return self.birth.build(jax.jit(self.birth.make, out_shardings=shardings)())
+        options = _birth.CPU_OPTIONS if self.mesh.devices.flat[0].platform == "cpu" else None
+        return self.birth.build(jax.jit(self.birth.make, out_shardings=shardings, compiler_options=options)())
 
     def abstract(self) -> PyTree:
         """The model as shapes with shardings, for `.lower` of a step and for `jax.eval_shape`; allocates nothing."""
