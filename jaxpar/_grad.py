@@ -25,13 +25,23 @@ import numpy as np
 from jax.sharding import PartitionSpec
 
 from . import _context, _traits, _tree
-from ._calls import bare_variables
 from ._context import Region, as_spec, axes_at, drop_axes
 from ._errors import StepError
+from ._microbatches import (
+    check_microbatches,
+    check_rows,
+    contiguous,
+    in_microbatches,
+    interleaved,
+    microbatch_of,
+    num_rows,
+    pick,
+)
 from ._pipelined import Pipelined, pipelined
-from ._planned import Traced, gather_others, gathered_by, plan_read, unplan
+from ._planned import Traced, gathered_by
 from ._reduce import reduce_once
 from ._sequence import ContextSplit
+from ._subject import Subject, graph_subject, pytree_subject
 from ._types import Axes, PyTree
 from .parallel import DP, PP
 
@@ -120,13 +130,13 @@ def differentiate(
 ) -> Differentiated:
     """`value_and_grad` with the total weight of the batch; state that the loss changes is put back into `model`."""
     batch = jax.tree.map(lambda leaf: jnp.asarray(leaf) if isinstance(leaf, np.ndarray) else leaf, batch)
-    _check_rows(batch, accumulate)
+    check_rows(batch, accumulate)
     if _tree.is_graph(model):
-        subject = _graph_subject(model)
+        subject = graph_subject(model)
     else:
-        subject = _pytree_subject(
-            model, gathered_by(lambda params, batch: loss(params, batch, *rest), model, _microbatch(batch, accumulate))
-        )
+        one = microbatch_of(batch, accumulate)
+        gathered = gathered_by(lambda params, batch: loss(params, batch, *rest), model, one)
+        subject = pytree_subject(model, gathered)
     job = _Job(loss, subject, accumulate, has_aux, weight, rest)
     value, total_weight, aux, gradients, state = _differentiate(job, batch, separable)
     subject.update(state)
@@ -134,111 +144,11 @@ def differentiate(
 
 
 @dataclasses.dataclass(frozen=True)
-class _Subject:
-    """What is differentiated: its trained parameters by path, its other state, and how to put it together."""
-
-    params: dict[str, jax.Array]
-    state: list[Any]
-    build: Callable[[dict[str, jax.Array], list[Any]], tuple[PyTree, Callable[[], list[Any]]]]
-    update: Callable[[list[Any]], None]
-    as_gradients: Callable[[dict[str, jax.Array]], PyTree]
-
-
-def _graph_subject(model: PyTree) -> _Subject:
-    from flax import nnx
-
-    region = _context.current()
-    wanted = nnx.Param if region is None else nnx.All(nnx.Param, _trained(region))
-    graphdef, params, others = nnx.split(model, wanted, ...)
-    param_keys = [keys for keys, _ in nnx.to_flat_state(params)]
-    param_leaves = [leaf for _, leaf in nnx.to_flat_state(params)]
-    other_leaves, other_tree = jax.tree.flatten(others)
-    paths = [_tree.path_of(keys) for keys in param_keys]
-
-    def as_state(values: dict[str, jax.Array]) -> Any:
-        leaves = [leaf.replace(values[path]) for path, leaf in zip(paths, param_leaves, strict=True)]
-        return nnx.from_flat_state(list(zip(param_keys, leaves, strict=True)))
-
-    def build(values: dict[str, jax.Array], state: list[Any]) -> tuple[PyTree, Callable[[], list[Any]]]:
-        merged = nnx.merge(graphdef, as_state(values), jax.tree.unflatten(other_tree, state))
-        bare = [] if region is None else _bare_parameters(merged, region)
-        for path, variable in bare:
-            plan_read(path, variable)
-
-        def after() -> list[Any]:
-            for _, variable in bare:
-                unplan(variable)
-            new_graphdef, _, new_others = nnx.split(merged, wanted, ...)
-            if new_graphdef != graphdef:
-                raise StepError("the loss adds or removes variables of the model. Make them before the step.")
-            return jax.tree.leaves(new_others)
-
-        return merged, after
-
-    return _Subject(
-        params={path: leaf.get_raw_value() for path, leaf in zip(paths, param_leaves, strict=True)},
-        state=other_leaves,
-        build=build,
-        update=lambda state: nnx.update(model, jax.tree.unflatten(other_tree, state)) if state else None,
-        as_gradients=as_state,
-    )
-
-
-def _bare_parameters(state: PyTree, region: Region) -> list[tuple[str, Any]]:
-    """The variables of an `nnx.State` that are parameters of the plan, which only a module's read by themselves."""
-    matches = [
-        (region.plan.matcher.match(path, variable.get_raw_value().shape), variable)
-        for path, variable in bare_variables(state)
-        if hasattr(variable.get_raw_value(), "shape")
-    ]
-    return [(match.record.path, variable) for match, variable in matches if match is not None]
-
-
-def _trained(region: Region) -> Callable[..., bool]:
-    matcher = region.plan.matcher
-
-    def trained(keys: Any, variable: Any) -> bool:
-        match = matcher.match(_tree.path_of(tuple(keys)), variable.get_raw_value().shape)
-        return match is None or match.record.slot != "frozen"
-
-    return trained
-
-
-def _pytree_subject(params: PyTree, gathered: frozenset[str]) -> _Subject:
-    """Of a plain pytree, whose leaves at the paths in `gathered` the loss gathers itself."""
-    region = _context.current()
-    flat = _tree.flatten(params)
-
-    def is_trained(path: str, leaf: Any) -> bool:
-        if not jnp.issubdtype(leaf.dtype, jnp.inexact):
-            return False
-        match = None if region is None else region.plan.matcher.match(path, leaf.shape)
-        return match is None or match.record.slot != "frozen"
-
-    trained = {path: leaf for path, leaf in flat.leaves.items() if is_trained(path, leaf)}
-    everything = len(trained) == len(flat.leaves)
-
-    def build(values: dict[str, jax.Array], _: list[Any]) -> tuple[PyTree, Callable[[], list[Any]]]:
-        return gather_others(flat.build({**flat.leaves, **values}), gathered), list
-
-    def as_gradients(gradients: dict[str, jax.Array]) -> PyTree:
-        frozen = (
-            {}
-            if everything
-            else {path: jnp.zeros_like(leaf) for path, leaf in flat.leaves.items() if path not in trained}
-        )
-        built = flat.build({**frozen, **gradients})
-        return jax.tree.map(lambda leaf: leaf if _tree.is_array(leaf) else None, built)  # functions have no gradient
-
-    return _Subject(params=trained, state=[], build=build, update=lambda state: None, as_gradients=as_gradients)
-
-
-@dataclasses.dataclass(frozen=True)
 class _Job:
     """A loss ready to be differentiated."""
 
     loss: Loss
-    subject: _Subject
+    subject: Subject
     accumulate: int
     has_aux: bool
     weight: Callable[[Any], Any] | None
@@ -259,8 +169,7 @@ class _Job:
             if len(out) != 2 or any(jnp.ndim(each) for each in out):
                 raise StepError(
                     f"the loss returned {_shown(out)}. Return a scalar mean or (sum, weight), two scalars; what else "
-                    f"it "
-                    "says goes second in a pair, with has_aux=True."
+                    "it says goes second in a pair, with has_aux=True."
                 )
             if self.weight is not None:
                 raise StepError("weight= has no effect on a loss that returns (sum, weight). Leave it out.")
@@ -283,7 +192,7 @@ class _Job:
         def mean(params: dict[str, jax.Array]) -> Any:
             total, weight, aux, after = self.run(params, state, batch)
             value = total if weight is None else total / jnp.maximum(weight, _TINY).astype(total.dtype)
-            return value, (jnp.float32(_rows(batch)) if weight is None else weight, aux, after)
+            return value, (jnp.float32(num_rows(batch)) if weight is None else weight, aux, after)
 
         (value, (weight, aux, after)), gradients = jax.value_and_grad(mean, has_aux=True)(params)
         return value, weight, aux, gradients, after
@@ -304,7 +213,7 @@ class _Job:
         """`(sum, weight, weighted aux, state after)` of one microbatch."""
         total, weight, aux, after = self.run(params, state, batch)
         if weight is None:
-            rows = _rows(batch)
+            rows = num_rows(batch)
             total, weight = total * rows, _as_weight(rows, total)
         _check_aux(aux)
         return total, weight, jax.tree.map(lambda each: jnp.asarray(each, weight.dtype) * weight, aux), after
@@ -331,11 +240,11 @@ def _differentiate(job: _Job, batch: PyTree, separable: bool) -> tuple[Any, Any,
     if region is None or form.name == "whole":
         if region is not None and job.accumulate > 1 and region.plan.num_batch_shards > 1:
             _warn(region, f"gradients are reduced {job.accumulate} times a step: {form.why}.")
-        total, weight, aux, gradients, state = _scan(job, _contiguous(batch, job.accumulate, region), region)
+        total, weight, aux, gradients, state = _scan(job, contiguous(batch, job.accumulate, region), region)
     elif form.name == "pipeline":
         total, weight, aux, gradients, state = _pipeline(job, batch, region)
     elif form.name == "sharded":
-        total, weight, aux, gradients, state = _scan(job, _interleaved(batch, job, (), region), region)
+        total, weight, aux, gradients, state = _scan(job, interleaved(batch, job.accumulate, (), region), region)
     elif form.name == "manual":
         total, weight, aux, gradients, state = _manual(job, batch, form.replicas, region)
     else:
@@ -427,41 +336,12 @@ def _gives_mean(job: _Job, batch: PyTree) -> bool:
     def weight(batch: PyTree) -> Any:
         return job.run(job.subject.params, job.subject.state, batch)[1]
 
-    return jax.eval_shape(weight, _microbatch(batch, job.accumulate)) is None
-
-
-def fits_microbatches(plan: Any, batch: PyTree) -> bool:
-    """Whether the pipeline of `plan` can split `batch`."""
-    return _rows(batch) % (plan.num_batch_shards * plan.schedule.microbatches) == 0
-
-
-def check_microbatches(plan: Any, rows: int, accumulate: int = 1) -> None:
-    """Raise `StepError` unless the pipeline of `plan` can split a batch of `rows`."""
-    pipeline, schedule = plan.strategy(PP), plan.schedule
-    parts = plan.num_batch_shards
-    unit = parts * schedule.microbatches
-    if accumulate > 1:
-        raise StepError(
-            f"accumulate={accumulate} beside {pipeline.label}: a pipeline accumulates over its microbatches, "
-            f"{schedule.microbatches} here. Leave accumulate out, or use PP(microbatches="
-            f"{schedule.microbatches * accumulate})."
-        )
-    if rows % unit:
-        below = rows // unit * unit
-        fits = [m for m in range(1, rows // parts + 1) if rows % (parts * m) == 0]
-        more = [m for m in fits if m > schedule.microbatches]
-        near = [m for m in fits if m not in more][-1:] + more[:1]
-        over = f" over {parts} devices that split it" if parts > 1 else ""
-        instead = f", or {' or '.join(map(str, near))} microbatches" if near else ""
-        raise StepError(
-            f"a batch of {rows} rows does not divide into {schedule.microbatches} microbatches ({pipeline.label})"
-            f"{over}. Use a batch of {f'{below} or ' if below else ''}{below + unit}{instead}."
-        )
+    return jax.eval_shape(weight, microbatch_of(batch, job.accumulate)) is None
 
 
 def _pipeline_form(job: _Job, batch: PyTree, plan: Any, separable: bool) -> _Form:
     pipeline, schedule = plan.strategy(PP), plan.schedule
-    check_microbatches(plan, _rows(batch), job.accumulate)
+    check_microbatches(plan, num_rows(batch), job.accumulate)
     traits = _traits_of(dataclasses.replace(job, accumulate=schedule.microbatches), batch)
     why_not = _not_a_sum(separable, traits)
     if why_not:
@@ -482,8 +362,7 @@ def _pipeline(job: _Job, batch: PyTree, region: Region) -> Any:
     if not replicas:
         sums, gradients = jax.tree.map(lambda leaf: leaf[0], (sums, gradients))
     else:
-        targets = {path: _update_spec(plan, path, leaf) for path, leaf in params.items()}
-        gradients, sums = _reduced(plan, gradients, sums, targets, replicas)
+        gradients, sums = _reduced(plan, gradients, sums, _update_specs(plan, params), replicas)
     return (*sums, gradients, job.subject.state)
 
 
@@ -496,7 +375,7 @@ def evaluate(
     """
     region = _context.current()
     assert region is not None
-    run, micro = _in_stages(_Job(loss, _graph_subject(model), 1, has_aux, weight, ()), batch, region)
+    run, micro = _in_stages(_Job(loss, graph_subject(model), 1, has_aux, weight, ()), batch, region)
     total, (total_weight, aux) = jax.tree.map(lambda leaf: leaf.sum(0), run.sums(micro))
     divisor = jnp.maximum(total_weight, _TINY)
     aux = jax.tree.map(lambda each: each / divisor, aux)
@@ -507,7 +386,7 @@ def _in_stages(job: _Job, batch: PyTree, region: Region) -> tuple[Pipelined, PyT
     """A loss cut into stages, and its batch into microbatches: `[microbatches, replicas, rows, ...]`."""
     replicas = region.plan.replicas
     job = dataclasses.replace(job, accumulate=region.plan.schedule.microbatches)
-    micro = _in_microbatches(job, batch, replicas, region)
+    micro = in_microbatches(batch, job.accumulate, replicas, region)
 
     def loss(params: dict[str, jax.Array], batch: PyTree) -> Any:
         total, weight, aux, _ = job.summed(params, job.subject.state, batch)
@@ -515,32 +394,6 @@ def _in_stages(job: _Job, batch: PyTree, region: Region) -> tuple[Pipelined, PyT
 
     one = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[2:], leaf.dtype), micro)
     return pipelined(loss, job.subject.params, one, region, replicas), micro
-
-
-def _in_microbatches(job: _Job, batch: PyTree, replicas: Axes, region: Region) -> PyTree:
-    """`[microbatches, replicas, rows, ...]`, one replica if there are none; scalars are the same everywhere."""
-    count = math.prod(region.plan.axes[axis] for axis in replicas)
-
-    def one(leaf: jax.Array, split: jax.Array) -> jax.Array:
-        if not jnp.ndim(leaf):
-            return jnp.broadcast_to(jnp.asarray(leaf), (job.accumulate, count))
-        return split if replicas else split[:, None]
-
-    return jax.tree.map(one, batch, _interleaved(batch, job, replicas, region))
-
-
-def _reduced(plan: Any, gradients: dict[str, jax.Array], sums: Any, targets: Any, replicas: Axes) -> Any:
-    strategy = plan.strategy(DP)
-    dtype = plan.precision.reduce if strategy is None or strategy.reduce_dtype is None else strategy.reduce_dtype
-    return reduce_once(
-        gradients,
-        targets,
-        sums,
-        replicas=replicas,
-        plan=plan,
-        hook=None if strategy is None else strategy.reduce,
-        dtype=dtype,
-    )
 
 
 def _refuse_hook(hook: bool, job: _Job, why: str) -> _Form:
@@ -554,7 +407,7 @@ def _refuse_hook(hook: bool, job: _Job, why: str) -> _Form:
 
 def _traits_of(job: _Job, batch: PyTree) -> _traits.Traits:
     params, state = job.subject.params, job.subject.state
-    micro, treedef = jax.tree.flatten(_microbatch(batch, job.accumulate))
+    micro, treedef = jax.tree.flatten(microbatch_of(batch, job.accumulate))
 
     def flat(params: Any, leaves: list[Any], state: list[Any]) -> Any:
         total, weight, aux, after = job.run(params, state, jax.tree.unflatten(treedef, leaves))
@@ -562,21 +415,6 @@ def _traits_of(job: _Job, batch: PyTree) -> _traits.Traits:
 
     closed = jax.make_jaxpr(flat)(_shapes(params), micro, _shapes(state))
     return _traits.traits_of(closed, len(params), len(micro), len(state), len(params) + len(micro))
-
-
-def _microbatch(batch: PyTree, accumulate: int) -> PyTree:
-    """The shapes of one microbatch."""
-    rows = _rows(batch)
-
-    def one(leaf: Any) -> Any:
-        if not _tree.is_array(leaf):
-            return leaf
-        kind = jax.typeof(leaf)
-        return jax.ShapeDtypeStruct(
-            (rows // accumulate, *kind.shape[1:]) if kind.shape else (), kind.dtype, weak_type=kind.weak_type
-        )
-
-    return jax.tree.map(one, batch)
 
 
 def _shapes(tree: PyTree) -> PyTree:
@@ -589,7 +427,7 @@ def _scan(job: _Job, batches: PyTree, region: Region | None) -> Any:
 
     def body(carry: Any, index: jax.Array) -> Any:
         sums, gradients, state = carry
-        batch = _pick(batches, index)
+        batch = pick(batches, index)
         total, weight, aux, more, state = job.gradients_of_sum(params, state, batch)
         sums = jax.tree.map(jnp.add, sums, (total, weight, aux))
         gradients = {path: gradients[path] + more[path].astype(gradients[path].dtype) for path in gradients}
@@ -607,10 +445,10 @@ def _replicated(job: _Job, batch: PyTree, replicas: Axes, region: Region) -> Any
     """Accumulate on each replica apart, then reduce once."""
     plan = region.plan
     count = math.prod(plan.axes[axis] for axis in replicas)
-    batches = _interleaved(batch, job, replicas, region)
+    batches = interleaved(batch, job.accumulate, replicas, region)
     params = job.subject.params
     inside = dataclasses.replace(region, replicas=replicas)
-    targets = {path: _update_spec(plan, path, leaf) for path, leaf in params.items()}
+    targets = _update_specs(plan, params)
     inner = {path: as_spec([replicas, *map(axes_at, drop_axes(spec, replicas))]) for path, spec in targets.items()}
 
     def pin(gradients: dict[str, jax.Array]) -> dict[str, jax.Array]:
@@ -629,7 +467,7 @@ def _replicated(job: _Job, batch: PyTree, replicas: Axes, region: Region) -> Any
 
     def body(carry: Any, index: jax.Array) -> Any:
         sums, gradients = carry
-        more_sums, more = mapped(params, _pick(batches, index))
+        more_sums, more = mapped(params, pick(batches, index))
         gradients = {path: gradients[path] + more[path].astype(gradients[path].dtype) for path in gradients}
         return (jax.tree.map(jnp.add, sums, more_sums), pin(gradients)), None
 
@@ -647,7 +485,7 @@ def _replicated(job: _Job, batch: PyTree, replicas: Axes, region: Region) -> Any
 def _manual(job: _Job, batch: PyTree, replicas: Axes, region: Region) -> Any:
     """Accumulate on each device of a mesh that only replicates, in a manual region, then reduce once."""
     plan = region.plan
-    batches = _interleaved(batch, job, replicas, region)
+    batches = interleaved(batch, job.accumulate, replicas, region)
     params = job.subject.params
     specs = jax.tree.map(lambda leaf: PartitionSpec(None, replicas) if jnp.ndim(leaf) > 1 else PartitionSpec(), batches)
     zeros = {path: jnp.zeros(leaf.shape, _wide(leaf.dtype)) for path, leaf in params.items()}
@@ -661,7 +499,7 @@ def _manual(job: _Job, batch: PyTree, replicas: Axes, region: Region) -> Any:
         def micro(carry: Any, index: jax.Array) -> Any:
             sums, gradients = carry
             with _context.entered(None):
-                more = job.gradients_of_sum(params, job.subject.state, _pick(batches, index))
+                more = job.gradients_of_sum(params, job.subject.state, pick(batches, index))
             gradients = {path: gradients[path] + more[3][path].astype(gradients[path].dtype) for path in gradients}
             return (jax.tree.map(jnp.add, sums, more[:3]), gradients), None
 
@@ -674,18 +512,25 @@ def _manual(job: _Job, batch: PyTree, replicas: Axes, region: Region) -> Any:
         in_specs=(PartitionSpec(), specs, PartitionSpec(), PartitionSpec()),
         out_specs=PartitionSpec(replicas),
     )(params, batches, zeros, sums)
+    gradients, sums = _reduced(plan, gradients, sums, _update_specs(plan, params), replicas)
+    return (*sums, gradients, job.subject.state)
+
+
+def _reduced(
+    plan: Any, gradients: dict[str, jax.Array], sums: Any, targets: dict[str, PartitionSpec], replicas: Axes
+) -> Any:
+    """Gradients and sums that are apart on each replica, summed over `replicas` as the plan says."""
     strategy = plan.strategy(DP)
-    targets = {path: _update_spec(plan, path, leaf) for path, leaf in params.items()}
-    gradients, sums = reduce_once(
+    dtype = plan.precision.reduce if strategy is None or strategy.reduce_dtype is None else strategy.reduce_dtype
+    return reduce_once(
         gradients,
         targets,
         sums,
         replicas=replicas,
         plan=plan,
         hook=None if strategy is None else strategy.reduce,
-        dtype=None if strategy is None else strategy.reduce_dtype,
+        dtype=dtype,
     )
-    return (*sums, gradients, job.subject.state)
 
 
 def _gradient_spec(plan: Any, path: str, leaf: Any) -> PartitionSpec:
@@ -693,9 +538,10 @@ def _gradient_spec(plan: Any, path: str, leaf: Any) -> PartitionSpec:
     return PartitionSpec() if match is None else match.record.gradient
 
 
-def _update_spec(plan: Any, path: str, leaf: Any) -> PartitionSpec:
-    match = plan.matcher.match(path, leaf.shape)
-    return PartitionSpec() if match is None else match.record.slots
+def _update_specs(plan: Any, params: dict[str, jax.Array]) -> dict[str, PartitionSpec]:
+    """How each gradient lies where the optimiser takes it."""
+    matches = {path: plan.matcher.match(path, leaf.shape) for path, leaf in params.items()}
+    return {path: PartitionSpec() if match is None else match.record.slots for path, match in matches.items()}
 
 
 def _pinned(gradients: dict[str, jax.Array], region: Region | None) -> dict[str, jax.Array]:
@@ -712,121 +558,13 @@ def _zero_sums(job: _Job, batches: PyTree, *, replica: bool = False) -> Any:
     """Zeros for a microbatch's `(sum, weight, aux)`."""
 
     def one(batches: Any) -> Any:
-        batch = _pick(batches, 0)
+        batch = pick(batches, 0)
         if replica:
             batch = jax.tree.map(lambda leaf: leaf[0] if leaf.ndim else leaf, batch)
         with _context.entered(None):
             return job.gradients_of_sum(job.subject.params, job.subject.state, batch)[:3]
 
     return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(one, _shapes(batches)))
-
-
-def _contiguous(batch: PyTree, accumulate: int, region: Region | None) -> PyTree:
-    """`[accumulate, rows, ...]`: microbatches as one device would take them, in order."""
-
-    def one(leaf: jax.Array) -> jax.Array:
-        if not jnp.ndim(leaf):
-            return leaf
-        split = leaf.reshape(accumulate, leaf.shape[0] // accumulate, *leaf.shape[1:])
-        if region is None or split.shape[1] % region.plan.num_batch_shards:
-            return split
-        spec = PartitionSpec(None, region.batch_axes or None, *_tokens_free(region.plan, leaf))
-        return jax.lax.with_sharding_constraint(split, jax.sharding.NamedSharding(region.plan.mesh, spec))
-
-    return jax.tree.map(one, batch)
-
-
-def _interleaved(batch: PyTree, job: _Job, replicas: Axes, region: Region) -> PyTree:
-    """`[accumulate, replicas, rows, ...]`, every device splitting its own rows; without replicas, less that dim.
-
-    device        rows of the batch       microbatches, accumulate = 2
-    data 0 fsdp 0   0 1 2 3               [0 1] [2 3]
-    data 0 fsdp 1   4 5 6 7               [4 5] [6 7]
-    data 1 fsdp 0   8 9 10 11             [8 9] [10 11]
-    ...             so microbatch 0 of replica data 0 is rows 0 1 4 5; no row moves between devices.
-    """
-    plan = region.plan
-    axes = plan.batch_axes
-    sizes = [plan.axes[axis] for axis in axes]
-    rows, parts = _rows(batch), math.prod(sizes)
-    if rows % (parts * job.accumulate):
-        unit = parts * job.accumulate
-        below = rows // unit * unit
-        raise StepError(
-            f"a batch of {rows} rows does not divide into {job.accumulate} microbatches over {parts} devices "
-            f"({' x '.join(f'{axis} {plan.axes[axis]}' for axis in axes)}). Use a batch of "
-            f"{f'{below} or ' if below else ''}{below + unit}, or another accumulate."
-        )
-    outer = [index for index, axis in enumerate(axes) if axis in replicas]
-    inner = [index for index, axis in enumerate(axes) if axis not in replicas]
-    count = math.prod(sizes[index] for index in outer)
-    own = rows // parts // job.accumulate
-    cut = plan.context if plan.context is not None and plan.context.axis in replicas else None
-
-    def one(path: str, leaf: jax.Array) -> jax.Array:
-        if not jnp.ndim(leaf):
-            return leaf
-        split = leaf.reshape(*sizes, job.accumulate, own, *leaf.shape[1:])
-        if cut is not None:
-            split = _cut_tokens(split, len(sizes) + 2, cut if cut.splits(path, leaf.shape) else None, cut.size)
-        tail = tuple(range(len(sizes) + 2, split.ndim - (cut is not None)))
-        chunk = () if cut is None else (split.ndim - 1,)
-        split = split.transpose((len(sizes), *outer, *chunk, *inner, len(sizes) + 1, *tail))
-        shape = split.shape[split.ndim - len(tail) :]
-        replicated = count * (1 if cut is None else cut.size)
-        lead = (job.accumulate, replicated) if replicas else (job.accumulate,)
-        split = split.reshape(*lead, rows // job.accumulate // count, *shape)
-        outermost = (*(axes[index] for index in outer), *([] if cut is None else [cut.axis]))
-        entries = [(), outermost] if replicas else [()]
-        spec = as_spec([*entries, tuple(axes[index] for index in inner)])
-        if plan.context is not None and cut is None and leaf.ndim > 1:
-            padded = [*spec, *[None] * (split.ndim - leaf.ndim + 1 - len(spec))]
-            spec = PartitionSpec(*padded, *_tokens_free(plan, leaf))
-        return jax.lax.with_sharding_constraint(split, jax.sharding.NamedSharding(plan.mesh, spec))
-
-    return jax.tree_util.tree_map_with_path(lambda keys, leaf: one(_tree.path_of(keys), leaf), batch)
-
-
-def _cut_tokens(x: jax.Array, dim: int, split: ContextSplit | None, number: int) -> jax.Array:
-    """`x` with a last dim of `number` parts of its sequence, which is `dim`; without one, it is in each part whole."""
-    if split is None:
-        return jnp.broadcast_to(x[..., None], (*x.shape, number))
-    parts = x.reshape(*x.shape[:dim], number, x.shape[dim] // number, *x.shape[dim + 1 :])
-    return jnp.moveaxis(parts, dim, -1)
-
-
-def _tokens_free(plan: Any, leaf: jax.Array) -> list[Any]:
-    """The second dim of a field of a batch is left as it is where a plan splits sequences, else whole."""
-    return [PartitionSpec.UNCONSTRAINED] if plan.context is not None and leaf.ndim > 1 else []
-
-
-def _pick(batches: PyTree, index: Any) -> PyTree:
-    """One microbatch."""
-    return jax.tree.map(lambda leaf: leaf[index] if jnp.ndim(leaf) else leaf, batches)
-
-
-def _rows(batch: PyTree) -> int:
-    return next((int(np.shape(leaf)[0]) for leaf in jax.tree.leaves(batch) if np.ndim(leaf)), 1)
-
-
-def _check_rows(batch: PyTree, accumulate: int) -> None:
-    rows = {path: np.shape(leaf)[0] for path, leaf in _tree.leaves(batch).items() if np.ndim(leaf)}
-    if accumulate > 1 and not rows:
-        raise StepError("accumulate needs a batch of arrays with a leading dim to split; this one has none.")
-    if accumulate > 1 and len(set(rows.values())) > 1:
-        raise StepError(
-            f"the arrays of a batch have different leading sizes: {rows}. Give each the batch as first dim."
-        )
-    wrong = {path: number for path, number in rows.items() if number % accumulate}
-    if wrong:
-        path, number = next(iter(wrong.items()))
-        region = _context.current()
-        unit = accumulate * (1 if region is None else region.plan.num_batch_shards)
-        below = number // unit * unit
-        raise StepError(
-            f"{path or 'batch'}: {number} rows do not divide into accumulate={accumulate} microbatches. Use a batch of "
-            f"{f'{below} or ' if below else ''}{below + unit}, or another accumulate."
-        )
 
 
 def _check_aux(aux: Any) -> None:

@@ -14,8 +14,9 @@ import numpy as np
 from . import _bound, _mesh, _tree
 from ._bound import BoundPlan
 from ._errors import StepError
-from ._grad import check_microbatches, differentiate, evaluate, fits_microbatches
+from ._grad import differentiate, evaluate
 from ._hardware import counted
+from ._microbatches import check_microbatches, fits_microbatches
 from ._planned import gather_others, gathered_by
 from ._precision import Precision, cast
 from ._reduced import FewerLayers, fewer_rows

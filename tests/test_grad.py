@@ -138,6 +138,7 @@ PLAIN = plain()
 MASKED = plain(between=KeyedDropout)
 DROPOUT = plain(between=lambda rngs: nnx.Dropout(0.5, rngs=rngs))
 STATISTICS = plain(between=lambda rngs: nnx.BatchNorm(F, rngs=rngs))
+CONVOLUTION = plain(between=Convolved)
 FORMS = {
     "mean": (PLAIN, squares, DATA, {}, "replica, one reduction a step over data"),
     "weighted": (PLAIN, weighted, ALL, {}, "replica, one reduction a step over data"),
@@ -149,14 +150,14 @@ FORMS = {
     "dropout": (DROPOUT, squares, ALL, {}, "whole, the loss changes the model's state"),
     "statistics": (STATISTICS, weighted, ALL, {}, "whole, the loss changes the model's state"),
     "convolution": (
-        plain(between=Convolved),
+        CONVOLUTION,
         weighted,
         DATA,
         {},
         "manual, one reduction a step over data; a convolution cannot be mapped",
     ),
     "convolution beside": (
-        plain(between=Convolved),
+        CONVOLUTION,
         weighted,
         {"data": 4, "tensor": 2},
         {},
@@ -341,6 +342,15 @@ def test_reduce_dtype_is_what_crosses_the_axis():
     assert "all_reduce" in lowered
     assert "tensor<16x64xbf16>) -> tensor<16x64xbf16>" in lowered
     assert all(leaf.dtype == np.float32 for leaf in rough[1].values())
+
+
+@pytest.mark.parametrize(("make", "form"), [(PLAIN, "replica"), (CONVOLUTION, "manual")], ids=["replica", "manual"])
+def test_a_precisions_reduce_crosses_the_axis_in_either_form(make, form):
+    options = {"precision": jp.Precision(reduce="bfloat16")}
+    *_, model, step = run(make, weighted, DATA, accumulate=2, chosen=[jp.DP()], options=options)
+    assert step.notes[0].startswith(f"accumulation over 2 microbatches: {form}, one reduction a step over data")
+    lowered = step.lower(model, step.plan.batch(batch())).as_text()
+    assert "tensor<16x64xbf16>) -> tensor<16x64xbf16>" in lowered
 
 
 # ---- which parameters
