@@ -19,6 +19,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from ._manual import varying_like
+
 BLOCK = 512
 """Most queries, and most keys, of one block."""
 
@@ -171,7 +173,7 @@ def forward(heads: Heads, queries: Marks, keys: Marks, setting: Setting) -> Part
         batch, size, num_kv, group, width = q.shape
         rows = (batch, num_kv, group, size)
         start = jnp.full(rows, LOWEST, wide), jnp.zeros(rows, wide), jnp.zeros((*rows, width), wide)
-        start = _varying_like(start, q)
+        start = tuple(varying_like(each, q) for each in start)
         (peak, total, out), _ = _scan(each_key, start, blocks.keys)
         safe = jnp.where(total == 0, 1, total)
         return None, Part(out / safe[..., None], jnp.where(total == 0, LOWEST, peak + jnp.log(safe)))
@@ -187,7 +189,7 @@ def backward(heads: Heads, queries: Marks, keys: Marks, pulled: Pulled, setting:
     blocks = _Blocks.of(heads, queries, keys, setting)
     num = len(blocks.queries[1].at), len(blocks.keys[2].at)
     pulls = _split(pulled.d_out, 1, num[0]), _split(pulled.log_sum, 3, num[0]), _split(pulled.delta, 3, num[0])
-    zero = lambda x: _varying_like(jnp.zeros(x.shape, wide), heads.q)
+    zero = lambda x: varying_like(jnp.zeros(x.shape, wide), heads.q)
 
     def each_query(so_far: Any, query: Any) -> Any:
         (q, q_marks), (d_out, log_sum, delta) = query
@@ -276,16 +278,6 @@ def _scan(body: Any, start: Any, blocks: Any) -> Any:
         return lax.scan(body, start, blocks)
     end, out = body(start, jax.tree.map(lambda x: x[0], blocks))
     return end, jax.tree.map(lambda x: x[None], out)
-
-
-def _varying_like(tree: Any, x: jax.Array) -> Any:
-    """Fresh arrays as ones that differ between devices where `x` does: loops and branches want one type throughout."""
-
-    def one(fresh: jax.Array) -> jax.Array:
-        missing = jax.typeof(x).manual_axis_type.varying - jax.typeof(fresh).manual_axis_type.varying
-        return lax.pcast(fresh, tuple(missing), to="varying") if missing else fresh
-
-    return jax.tree.map(one, tree)
 
 
 def _scores(

@@ -64,7 +64,8 @@ def manual(
         def pulled(leaves: list[Any], cotangents: PyTree) -> list[Any]:
             def of(floats: list[Any]) -> PyTree:
                 values = dict(zip(wanted, floats, strict=True))
-                return body(*treedef.unflatten([values.get(index, leaf) for index, leaf in enumerate(leaves)]))
+                made = body(*treedef.unflatten([values.get(index, leaf) for index, leaf in enumerate(leaves)]))
+                return jax.tree.map(varying_like, made, cotangents)  # what is 0 for all differs for none
 
             _, pull = jax.vjp(of, [leaves[index] for index in wanted])
             return pull(cotangents)[0]
@@ -76,3 +77,9 @@ def manual(
     # By `kernel`, not by what is in it: remat would take a `shard_map` apart, and what it keeps is refused as above.
     kernel.defvjp(lambda *args: (kernel(*args), args), backward)
     return kernel
+
+
+def varying_like(x: jax.Array, like: jax.Array) -> jax.Array:
+    """`x` as one that differs between devices where `like` does: loops, branches and cotangents want one type."""
+    missing = jax.typeof(like).manual_axis_type.varying - jax.typeof(x).manual_axis_type.varying
+    return jax.lax.pcast(x, tuple(missing), to="varying") if missing else x
