@@ -29,6 +29,7 @@ from . import _context
 from ._constrain import layout
 from ._errors import ShardingError
 from ._grouped import grouped_dot
+from ._hlo._flops import FILLED
 from ._manual import manual
 from ._planned import Traced
 from ._route import Routing
@@ -299,8 +300,9 @@ def _across(rows: jax.Array, counts: jax.Array, size: int, mlp: MLP, at: _At) ->
     order = jnp.argsort(expert, stable=True)
     sizes, filled = _counts(expert, own), jnp.sort(expert) < own
 
-    def dot(rows: jax.Array, matrices: jax.Array) -> jax.Array:
-        return _rows_where(filled, grouped_dot(rows, matrices, sizes))
+    def dot(came: jax.Array, matrices: jax.Array) -> jax.Array:
+        with jax.named_scope(FILLED.format(min(len(rows), len(came)), len(came))):  # as many as leave, in the mean
+            return _rows_where(filled, grouped_dot(came, matrices, sizes))
 
     made = mlp(dot, buffer.reshape(parts * size, -1)[order])
     made = jnp.zeros_like(made).at[order].set(made, unique_indices=True).reshape(parts, size, -1)

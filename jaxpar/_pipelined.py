@@ -60,6 +60,15 @@ class Pipelined:
     def gradients(self, micro: PyTree) -> tuple[tuple[jax.Array, PyTree], dict[str, jax.Array]]:
         """Sums, and gradients of the sum by path, each replica apart, of `[microbatches, replicas, rows, ...]`."""
         found = self.run.gradients(self.ends, self.blocks, micro, held=self.held, fixed=self.fixed)
+        region = _context.current()
+        if found.is_whole and self.ends and isinstance(region, Traced):
+            stages = self.run.schedule.stages * self.run.parts
+            rows = sorted({leaf.shape[2] for leaf in jax.tree.leaves(micro) if leaf.ndim > 2})
+            region.notes.append(
+                f"each of {self.run.schedule.stages} stages computes all that comes before and after the stack: a "
+                f"microbatch of {' or '.join(map(str, rows))} rows on a replica cannot be dealt out to them. Use "
+                f"microbatches of a multiple of {stages} rows, all fields with as many."
+            )
         return found.sums, {**found.ends, **found.blocks}
 
     def sums(self, micro: PyTree) -> tuple[jax.Array, PyTree]:

@@ -53,14 +53,24 @@ def work_of(program: Program, op: Op) -> Work | None:
         if op.opcode == "dot":
             return _dot(program, op)
         if op.opcode == "ragged-dot":
-            return _ragged_dot(program, op)
+            return _filled(op, _ragged_dot(program, op))
         if op.opcode == "convolution":
             return _convolution(program, op)
         if op.opcode == "custom-call":
-            return _custom_call(program, op)
+            return _filled(op, _custom_call(program, op))
     except (ValueError, IndexError, ZeroDivisionError, OverflowError):  # attributes that no compiler writes
         return None
     return None
+
+
+FILLED = "filled_{}_of_{}"
+"""A scope around grouped products: so many of the rows they are given are in a group, the rest room (`filled`)."""
+
+
+def filled(name: str) -> float:
+    """The part of a grouped product's rows that its kernel computes, by the name of the operation."""
+    found = re.search(FILLED.format(r"(\d+)", r"(\d+)"), name)
+    return int(found[1]) / int(found[2]) if found else 1.0
 
 
 def _flops(program: Program, op: Op, inside: tuple[str, ...]) -> float:
@@ -82,6 +92,19 @@ def _sum(program: Program, name: str, inside: tuple[str, ...]) -> float:
 
 
 _CALLS = {"fusion": ("calls",), "async-start": ("calls",), "call": ("to_apply",), "while": ("body",)}
+
+
+def _filled(op: Op, work: Work | None) -> Work | None:
+    share = filled(_op_name(op))
+    if work is None or share == 1.0:
+        return work
+    flops, full, causal = (each * share for each in (work.flops, work.full, work.causal))
+    return dataclasses.replace(work, flops=flops, full=full, causal=causal)
+
+
+def _op_name(op: Op) -> str:
+    found = re.search(r'op_name="([^"]*)"', op.attributes)
+    return found.group(1) if found else ""
 
 
 def _operands(program: Program, op: Op) -> list[Shape]:
@@ -248,9 +271,7 @@ _LAYOUT_SEQ_MINOR = "2"
 
 def _pallas(program: Program, op: Op) -> Work:
     operands = _operands(program, op)
-    named = re.search(r'op_name="([^"]*)"', op.attributes)
-    words = f"{op.name}/{named.group(1)}" if named else op.name
-    found = _attention(op, operands, words)
+    found = _attention(op, operands, f"{op.name}/{_op_name(op)}")
     if found is not None:
         return found
     cost = _given_cost(op)

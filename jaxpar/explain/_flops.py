@@ -7,6 +7,8 @@ is the convention of published MFU figures, and elementwise work is bound by mem
 the scores that a backward attention kernel computes again. *Causal* ones count half of attention's products where the
 scores are masked by an order of positions: a square of (queries, keys) that a comparison `<`, `<=`, `>`, `>=` of two
 arrays selects from or is added to. A mask of other making (a table from the batch, `==` of segments) is taken as none.
+Grouped products (`ragged_dot`) count every row; of dropless experts those of tokens, in the mean over
+devices, and not the room in buffers.
 A flash kernel written with `jax.numpy` and `custom_vjp` counts the scores it computes again as the model's.
 """
 
@@ -17,7 +19,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from .._hlo import work_of
-from .._hlo._flops import Work, attention, num_taps
+from .._hlo._flops import Work, attention, filled, num_taps
 from .._hlo._module import Module, _quoted, _walk
 from .._hlo._text import Shape
 from .._plan import Plan
@@ -197,7 +199,7 @@ class _Counter:
     def _eqn(self, eqn: Any, given: list[_Value], name: str, times: float) -> list[_Value]:
         primitive = eqn.primitive.name
         if primitive in _PRODUCTS:
-            product = _PRODUCTS[primitive](eqn)
+            product = _PRODUCTS[primitive](eqn) * filled(name)
             return self._product(eqn, product * times, given, f"{name}/{primitive}")
         if primitive == "scan":
             return self._scan(eqn, given, name, times)
@@ -310,8 +312,8 @@ def _scope_of(eqn: Any) -> str:
 
 def _num_manual(eqn: Any) -> int:
     mesh = eqn.params["mesh"]
-    manual = eqn.params.get("manual_axes")
-    return math.prod(size for axis, size in mesh.shape.items() if manual is None or axis in manual)
+    manual = eqn.params["newly_manual_axes"]  # the others are in the shapes inside, or counted by a region around it
+    return math.prod(size for axis, size in mesh.shape.items() if axis in manual)
 
 
 def _shape(array: Any) -> Shape:

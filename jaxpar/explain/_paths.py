@@ -85,7 +85,7 @@ def _tails(leaves: Iterable[str]) -> dict[tuple[str, ...], str]:
 _STRUCTURE = re.compile(
     r"while|body|cond|closed_call|checkpoint|rematted_computation|remat2?|eval_jaxpr|core_call|shard_map|pjit|scan|"
     r"custom_[jv]+p_call(_jaxpr)?|custom_lin|linear_call|RngStream\.__call__|branch_\d+_fun|xla_call|pallas_call|main|update|vmap|jvp|transpose|call_exported|"
-    r"pipeline_(enters|forward|leaves|backward|done)"
+    r"pipeline_(enters|forward|leaves|backward|done)|filled_\d+_of_\d+"
 )
 _WRAPPED = re.compile(r"([\w\-]*)\((.*)\)", re.DOTALL)
 _MERGED = re.compile(r"\([^(].*\)", re.DOTALL)
@@ -112,8 +112,8 @@ def _read(op_name: str) -> tuple[tuple[str, ...], str, str]:
         names, wrappers = _unwrapped(part) if part.count("(") == part.count(")") else ([], tuple(_OPENED.findall(part)))
         if "transpose" in wrappers:
             phase = phase if phase == "recomputed" else "backward"
-        elif "jvp" in wrappers and not phase:
-            phase = "recomputed" if "pipeline_backward" in parts[:index] else "forward"
+        elif "jvp" in wrappers and phase in ("", "backward"):  # a backward pass that differentiates runs it again
+            phase = "recomputed" if phase or "pipeline_backward" in parts[:index] else "forward"
         elif part == "rematted_computation":
             phase = "recomputed"
         elif part == "update" and not phase and len(found) == 0:

@@ -119,11 +119,13 @@ class Found:
         sums: `(sum of the losses, what else the loss returns)`.
         ends: Gradients of the sum.
         blocks: The same, of the blocks.
+        is_whole: Whether every stage computed the ends whole: no part of the rows, and none of the vocabulary.
     """
 
     sums: tuple[jax.Array, PyTree]
     ends: PyTree
     blocks: PyTree
+    is_whole: bool
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -176,6 +178,12 @@ class Run:
         """The replicas' axes of the regions: in them, the dim of replicas has what is mapped."""
         return self.replicas[: len(self.replicas) - len(self.mapped)]
 
+    @property
+    def _splits_vocabulary(self) -> bool:
+        """Whether ends lie in pieces on the stages."""
+        placed = [] if self.specs is None else jax.tree.leaves(self.specs[0], is_leaf=lambda spec: isinstance(spec, P))
+        return any(self.axis in jax.tree.leaves(tuple(spec)) for spec in placed)
+
     def gradients(
         self, ends: PyTree, blocks: PyTree, micro: PyTree, *, held: PyTree = None, fixed: PyTree = None
     ) -> Found:
@@ -212,7 +220,8 @@ class Run:
         sums, ends_sum = jax.tree.map(
             lambda leaf: leaf.sum(1) if form.is_split else leaf, (carry["sums"], carry["ends"])
         )
-        return Found(sums=sums, ends=ends_sum, blocks=self._whole(carry["blocks"], blocks))
+        is_whole = self.schedule.stages > 1 and not form.is_split and not self._splits_vocabulary
+        return Found(sums=sums, ends=ends_sum, blocks=self._whole(carry["blocks"], blocks), is_whole=is_whole)
 
     def forward(
         self, ends: PyTree, blocks: PyTree, micro: PyTree, *, held: PyTree = None, fixed: PyTree = None
@@ -252,11 +261,9 @@ class Run:
         shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[2:], leaf.dtype), micro)
         whole = Form.of(jax.eval_shape(self.model.embed, ends, shapes))
         whole = dataclasses.replace(whole, lead=(self.count,))
-        placed = [] if self.specs is None else jax.tree.leaves(self.specs[0], is_leaf=lambda spec: isinstance(spec, P))
-        is_vocabulary_split = any(self.axis in jax.tree.leaves(tuple(spec)) for spec in placed)
         sizes = {leaf.shape[:1] for leaf in jax.tree.leaves(shapes)}
         enough = all(each and each[0] % (p * self.parts) == 0 for each in sizes)
-        if p == 1 or len(sizes) > 1 or is_vocabulary_split or not enough:
+        if p == 1 or len(sizes) > 1 or self._splits_vocabulary or not enough:
             return whole
         fewer = lambda x: jax.ShapeDtypeStruct((x.shape[0] // p, *x.shape[1:]), x.dtype)
         parts = jax.tree.map(fewer, shapes)

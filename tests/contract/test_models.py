@@ -178,6 +178,7 @@ FACTORS = (list(REPLICAS), list(SHARDS), METHODS)
 FEW = [
     ("moe", "dp", "fsdp", "ring", MeshCase(data=2, expert=2, context=2), 2),
     ("moe", "zero2", "fsdp", "allgather", MeshCase(data=2, pipe=2, expert=2), 1),
+    ("moe", "zero2", "fsdp", "allgather", MeshCase(data=4, pipe=2), 1),
     ("bert", "dp", "fsdp-step", "ulysses", MeshCase(fsdp=2, context=2, tensor=2), 2),
     ("vit", "dp", "fsdp", "allgather", MeshCase(fsdp=2, pipe=2, context=2), 1),
     ("resnet", "dp", "fsdp", "allgather", MeshCase(data=2, context=4), 1),

@@ -125,6 +125,17 @@ def test_the_reference_decoder_as_it_is():
     assert found[0]["halved"] == pytest.approx(found[0]["loss"] / 2, rel=1e-5)
 
 
+@pytest.mark.parametrize(("rows", "is_whole"), [(32, False), (16, True)])
+def test_what_every_stage_computes_is_said(rows, is_whole):
+    """Microbatches of 2 rows on a replica are dealt out to 2 stages, those of 1 are not."""
+    plan = plan_on([jp.DP(), jp.PP(microbatches=4)], data=4, pipe=2)
+    step = plan.jit(jp.value_and_grad(gpt.loss))
+    step.lower(plan.abstract(), texts_on(plan, rows))
+    said = [note for note in step.notes if "each of 2 stages computes all" in note]
+    assert len(said) == is_whole
+    assert all("1 rows on a replica" in note and "a multiple of 2 rows" in note for note in said)
+
+
 def test_a_call_without_a_derivative_sends_layers_to_all_stages():
     """A program's evaluation runs the forwards of the schedule, but for batches that its microbatches do not divide.
 
