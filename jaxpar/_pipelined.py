@@ -26,6 +26,7 @@ from jax.sharding import PartitionSpec
 from . import _context, _traits, _tree
 from ._context import Region, axes_at, drop_axes
 from ._errors import StepError
+from ._hardware import counted
 from ._plan import Record
 from ._planned import Traced
 from ._stack import Layer, Stacked, caught
@@ -62,12 +63,13 @@ class Pipelined:
         found = self.run.gradients(self.ends, self.blocks, micro, held=self.held, fixed=self.fixed)
         region = _context.current()
         if found.is_whole and self.ends and isinstance(region, Traced):
-            stages = self.run.schedule.stages * self.run.parts
-            rows = sorted({leaf.shape[2] for leaf in jax.tree.leaves(micro) if leaf.ndim > 2})
+            stages, parts = self.run.schedule.stages, self.run.parts
+            rows = min(leaf.shape[2] for leaf in jax.tree.leaves(micro) if leaf.ndim > 2)
             region.notes.append(
-                f"each of {self.run.schedule.stages} stages computes all that comes before and after the stack: a "
-                f"microbatch of {' or '.join(map(str, rows))} rows on a replica cannot be dealt out to them. Use "
-                f"microbatches of a multiple of {stages} rows, all fields with as many."
+                f"each of {stages} stages computes all that comes before and after the stack: a microbatch of "
+                f"{counted(rows, 'row')} on a replica cannot be dealt out to them. Use microbatches of a multiple of "
+                f"{stages * parts} rows, all fields with as many, or PP(vocab=[...]), which splits embedding and head "
+                "over the stages."
             )
         return found.sums, {**found.ends, **found.blocks}
 

@@ -115,11 +115,12 @@ class Leaf:
         """Bytes of the whole leaf."""
         return math.prod(self.shape) * self.itemsize
 
-    def split(self, dim: int, axis: str, *, by: str, why: str, where: Sequence[str]) -> None:
-        """Split dim `dim` (counted after the layers) over `axis` in the fields named `where`."""
+    def split(self, dim: int, axis: str, *, by: str, why: str, where: Sequence[str], outermost: bool = False) -> None:
+        """Split dim `dim` (counted after the layers) over `axis` in the fields named `where`, within what splits it."""
         for field in where:
             axes = getattr(self, field)
-            axes[self.layers + dim] = (*axes[self.layers + dim], axis)
+            so_far = axes[self.layers + dim]
+            axes[self.layers + dim] = (axis, *so_far) if outermost else (*so_far, axis)
         self.reasons.append((by, why))
 
 
@@ -202,6 +203,36 @@ def is_table(leaf: Leaf) -> bool:
     if leaf.names is not None:
         return leaf.names[:1] == ("vocab",)
     return leaf.ndim == 2 and leaf.name != "kernel" and leaf.owner != "Linear" and is_called_embedding(leaf)
+
+
+def vocab_dim_of(leaf: Leaf) -> int | None:
+    """The dim of an embedding or a head, or of its bias, that counts the vocabulary; `None` for a scalar."""
+    if leaf.ndim == 0:
+        return None
+    if leaf.ndim == 1 or leaf.name == "bias" or is_torch_order(leaf) or is_called_embedding(leaf):
+        return 0
+    names = [part.lower() for part in (leaf.owner, *leaf.alias.split(".")[-2:])]
+    if leaf.name == "kernel" or any("head" in name or name.startswith("unemb") for name in names):
+        return leaf.ndim - 1
+    return int(leaf.shape[-1] > leaf.shape[leaf.layers])
+
+
+def is_torch_order(leaf: Leaf) -> bool:
+    """Whether the matrix is (out, in), as torch and Equinox have it."""
+    return leaf.name == "weight" and leaf.owner != ""
+
+
+def as_patterns(given: "str | Sequence[str]", owner: str) -> tuple[str, ...]:
+    """Patterns as a tuple.
+
+    Raises:
+        ShardingError: One is no string.
+    """
+    patterns = (given,) if isinstance(given, str) else tuple(given)
+    wrong = [pattern for pattern in patterns if not isinstance(pattern, str)]
+    if wrong:
+        raise ShardingError(f"{owner} holds {wrong[0]!r}, which is no pattern. Use strings such as '*.q'.")
+    return patterns
 
 
 def is_called_embedding(leaf: Leaf) -> bool:

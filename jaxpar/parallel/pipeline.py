@@ -7,10 +7,11 @@ any schedule of one's own: see `jp.schedule`.
 import dataclasses
 import functools as ft
 import os
+from collections.abc import Sequence
 from typing import ClassVar
 
 from .._errors import ShardingError
-from .._rules import Draft, Leaf
+from .._rules import Draft, Leaf, as_patterns, check_patterns, matches, vocab_dim_of, way_out
 from .._strategy import Strategy
 from ..pipeline import Schedule, check_backward, check_layers, schedule
 
@@ -25,6 +26,10 @@ class PP(Strategy):
     the stack, their gradients and optimiser state divide by the axis size; a stage keeps one activation for each
     microbatch in flight. On a mesh without the axis the stack is a scan over its layers, as without `PP`.
 
+    What comes before and after the stack is no stage's: each stage computes it for its part of a microbatch's rows, or,
+    with `vocab`, for its part of the vocabulary. Where rows are too few (one on each replica, as of long sequences) and
+    no vocabulary is split, every stage computes all of it, and the step's notes say so.
+
     Beside it every other strategy may stand, except rings of keys (`CP(method="ring")`): what a stage moves is in a
     branch that other stages do not take, where sums, gathers and all-to-alls are good within a stage, and permutes are
     not. Axes of replicas are crossed once a step; `fsdp`, `expert` and `context` once a microbatch.
@@ -34,10 +39,14 @@ class PP(Strategy):
         schedule: A name (`"gpipe"`, `"1f1b"`), a CSV file, or a `jp.Schedule`.
         microbatches: Into how many parts each replica's rows are split. Of a schedule of one's own, it is what it says.
         chunks: Parts of the stack on each stage; with more than one, bubbles are as many times shorter.
+        vocab: Patterns of embeddings and heads whose vocabulary is split over the stages, outside of what `TP` splits
+            it over: their parameters, gradients and optimiser state divide by the axis size as well. See `jp.embed` and
+            `jp.cross_entropy`, which then sum over the stages.
 
     Raises:
         ShardingError: The schedule cannot be run, or its numbers are said twice and differ; when planning: the model
-            has no stack, or several; stages and chunks do not divide the layers.
+            has no stack, or several; stages and chunks do not divide the layers; a pattern matches nothing, or a
+            vocabulary does not divide.
 
     Example:
         >>> plan = jp.plan(
@@ -59,8 +68,10 @@ class PP(Strategy):
     schedule: str | os.PathLike[str] | Schedule = "1f1b"
     microbatches: int | None = None
     chunks: int | None = None
+    vocab: str | Sequence[str] = ()
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "vocab", as_patterns(self.vocab, "PP: vocab"))
         given = self.schedule
         if not isinstance(given, Schedule) and os.fspath(given).endswith(".csv"):
             given = Schedule.load(given)
@@ -133,7 +144,31 @@ class PP(Strategy):
         why = f"{each} of {each * stages} on a stage, of {of}"
         for leaf in leaves:
             leaf.split(-1, self.axis, by=self.label, why=why, where=("storage", "compute", "gradient", "slots"))
+        self._split_vocabulary(draft)
         draft.notes += self._notes(found, each, draft)
+
+    def _split_vocabulary(self, draft: Draft) -> None:
+        ends = {leaf.path: leaf for leaf in draft.leaves.values() if not leaf.layers}
+        draft.problems += check_patterns(self.vocab, [leaf.alias for leaf in ends.values()], f"{self.label}: vocab")
+        for leaf in ends.values():
+            pattern = next((pattern for pattern in self.vocab if matches(pattern, leaf.alias)), None)
+            dim = None if pattern is None else vocab_dim_of(leaf)
+            if dim is None:
+                continue
+            stages, free = draft.sizes[self.axis], draft.free_size(leaf, dim)
+            if free % stages:
+                draft.problems.append(
+                    f"{leaf.path}: dim {dim} has size {leaf.shape[dim]}, {free} on a device, but axis {self.axis!r} "
+                    f"has size {stages}, and {stages} does not divide {free}. "
+                    f"{way_out(leaf.shape[dim], self.axis, leaf.shape[dim] // free * stages)}, or leave this leaf out "
+                    "of PP's vocab."
+                )
+                continue
+            why = f"vocab {pattern!r}"
+            where = ("storage", "compute", "gradient", "slots")
+            leaf.split(dim, self.axis, by=self.label, why=why, where=where, outermost=True)
+        if self.vocab:
+            draft.dims["vocab"] = (self.axis, *draft.dims.get("vocab", ()))
 
     def _what_is_needed(self, stacks: dict[str, list[Leaf]]) -> str:
         if len(stacks) > 1:
@@ -156,7 +191,11 @@ class PP(Strategy):
             + ", ".join(_range((chunk * stages + stage) * each, each) for chunk in range(chunks))
             for stage in range(stages)
         ]
-        ends = [leaf.path for leaf in draft.leaves.values() if not leaf.layers]
+        ends = [
+            leaf.path
+            for leaf in draft.leaves.values()
+            if not leaf.layers and not any(self.axis in axes for axes in leaf.storage)
+        ]
         where = f" On every stage: {', '.join(ends[:4])}{', ...' if len(ends) > 4 else ''}." if ends else ""
         return [
             (

@@ -16,7 +16,18 @@ from typing import ClassVar
 
 from .._errors import ShardingError
 from .._plan import SHARED
-from .._rules import Draft, Leaf, check_patterns, fold_layers, is_called_embedding, matches, role_of, way_out
+from .._rules import (
+    Draft,
+    Leaf,
+    as_patterns,
+    check_patterns,
+    fold_layers,
+    is_torch_order,
+    matches,
+    role_of,
+    vocab_dim_of,
+    way_out,
+)
 from .._strategy import Strategy
 
 SPLIT_NAMES = ("heads", "kv", "mlp", "vocab")
@@ -80,12 +91,7 @@ class TP(Strategy):
                 raise ShardingError(f"TP: heads[{pattern!r}] is {number}. Use the number of heads, 1 or more.")
         object.__setattr__(self, "heads", tuple(heads.items()))  # hashable
         for field in ("column", "row", "vocab"):
-            value = getattr(self, field)
-            patterns = (value,) if isinstance(value, str) else tuple(value)
-            wrong = [pattern for pattern in patterns if not isinstance(pattern, str)]
-            if wrong:
-                raise ShardingError(f"TP: {field} holds {wrong[0]!r}, which is no pattern. Use strings such as '*.q'.")
-            object.__setattr__(self, field, patterns)
+            object.__setattr__(self, field, as_patterns(getattr(self, field), f"TP: {field}"))
 
     def apply(self, draft: Draft) -> None:
         for dim in ("heads", "kv", "mlp"):
@@ -194,14 +200,13 @@ def _if_shared(leaf: Leaf, number: int) -> str:
 
 def split_dim_of(leaf: Leaf, kind: str) -> int | None:
     """The dim of `leaf` that a rule of this kind splits, within one block; `None` leaves it whole."""
+    if kind == "vocab":
+        return vocab_dim_of(leaf)
     if leaf.ndim == 0 or (kind == "row" and (leaf.ndim == 1 or leaf.name == "bias")):
         return None
     if leaf.ndim == 1 or leaf.name == "bias":  # of a LinearGeneral: (heads, head)
         return 0
-    torch_order = leaf.name == "weight" and leaf.owner != ""
-    if kind == "vocab":
-        return 0 if torch_order else _vocab_dim(leaf)
-    if torch_order:
+    if is_torch_order(leaf):
         return int(kind == "row")
     if _is_convolution(leaf) or leaf.owner == "Linear":  # a Linear of 3 dims is vmapped
         return leaf.ndim - (2 if kind == "row" else 1)
@@ -210,15 +215,6 @@ def split_dim_of(leaf: Leaf, kind: str) -> int | None:
 
 def _is_convolution(leaf: Leaf) -> bool:
     return leaf.ndim > 3 or "conv" in (leaf.owner or leaf.module.rpartition(".")[2]).lower()
-
-
-def _vocab_dim(leaf: Leaf) -> int:
-    if is_called_embedding(leaf):
-        return 0
-    names = [part.lower() for part in (leaf.owner, *leaf.alias.split(".")[-2:])]
-    if leaf.name == "kernel" or any("head" in name or name.startswith("unemb") for name in names):
-        return leaf.ndim - 1
-    return int(leaf.shape[-1] > leaf.shape[leaf.layers])
 
 
 def propose(draft: Draft) -> str:

@@ -65,23 +65,30 @@ SCHEDULES = {"gpipe": ("gpipe", 1), "1f1b": ("1f1b", 1), "circular": ("gpipe", 2
 MICROBATCHES = {"below": {1: 1, 2: 1, 4: 3, 8: 6}, "at": {1: 1, 2: 2, 4: 4, 8: 8}, "above": {1: 3, 2: 3, 4: 6, 8: 12}}
 FSDP = jp.FSDP(min_bytes=0)
 TP = jp.TP(**CASE.tensor)
+VOCAB = jp.TP(**CASE.tensor, vocab=["embed"])
+ZERO = [jp.DP(), jp.ZeRO(1, min_bytes=0)]
 BESIDE = {
     "nothing": ({}, []),
-    "zero1": ({"data": 2}, [jp.DP(), jp.ZeRO(1, min_bytes=0)]),
-    "tp-vocab": ({"tensor": 2}, [jp.TP(**CASE.tensor, vocab=["embed"])]),
+    "zero1-stages": ({"data": 2}, ZERO),
+    "tp-vocab": ({"tensor": 2}, [VOCAB]),
     "dp-fsdp": ({"data": 2, "fsdp": 2}, [jp.DP(), FSDP]),
 }
 MORE = {
     "fsdp": ({"fsdp": 2}, [FSDP]),
     "fsdp-step": ({"fsdp": 2}, [jp.FSDP(min_bytes=0, reduce="step")]),
     "dp": ({"data": 2}, [jp.DP()]),
+    "zero1": ({"data": 2}, ZERO),
     "zero2": ({"data": 2}, [jp.ZeRO(2, min_bytes=0)]),
     "zero2-step": ({"data": 2}, [jp.DP(), jp.ZeRO(2, min_bytes=0, reduce="step")]),
     "tp": ({"tensor": 2}, [TP]),
     "dp-tp": ({"data": 2, "tensor": 2}, [jp.DP(), TP]),
     "fsdp-tp": ({"fsdp": 2, "tensor": 2}, [FSDP, TP]),
+    "fsdp-tp-stages": ({"fsdp": 2, "tensor": 2}, [FSDP, VOCAB]),
     "dp-fsdp-tp": ({"data": 2, "fsdp": 2, "tensor": 2}, [jp.DP(), FSDP, TP]),
 }
+SPLIT = ("zero1-stages", "fsdp-tp-stages")
+"""In these the stages split the vocabulary."""
+
 FACTORS = (list(SCHEDULES), [1, 2, 4, 8], list(MICROBATCHES))
 
 
@@ -100,7 +107,8 @@ def is_full(schedule, stages, microbatches, beside):
 def check(schedule, stages, microbatches, beside):
     axes, strategies = {**BESIDE, **MORE}[beside]
     name, chunks = SCHEDULES[schedule]
-    pipeline = jp.PP(schedule=name, microbatches=MICROBATCHES[microbatches][stages], chunks=chunks)
+    vocab = ["embed"] if beside in SPLIT else ()
+    pipeline = jp.PP(schedule=name, microbatches=MICROBATCHES[microbatches][stages], chunks=chunks, vocab=vocab)
     trained = programs.train(CASE, programs.mesh(pipe=stages, **axes), [*strategies, pipeline])
     programs.check_same(CASE, trained)
     assert trained.step.num_compilations == 1

@@ -16,6 +16,8 @@ from flax import nnx
 from jax.sharding import AxisType
 
 import jaxpar as jp
+from models import gpt
+from models.gpt import config as gpt_config
 
 X = np.random.default_rng(0).normal(size=(16, 64)).astype(np.float32)
 
@@ -97,6 +99,12 @@ def staged(one, other, axis="pipe"):
     return plans[0].notes != plans[1].notes
 
 
+def ends_differ(one, other):
+    make = lambda: gpt.GPT(gpt_config.TINY, rngs=nnx.Rngs(0))
+    plans = [jp.plan(make, mesh(data=4, pipe=2), [jp.DP(), each]) for each in (one, other)]
+    return plans[0].records["embed.embedding"] != plans[1].records["embed.embedding"]
+
+
 TP = {"column": ["up"], "row": ["down"]}
 
 STRATEGIES = {
@@ -118,6 +126,7 @@ STRATEGIES = {
     (jp.PP, "axis"): lambda: staged(jp.PP(microbatches=4), jp.PP(axis="stage", microbatches=4), "stage"),
     (jp.PP, "schedule"): lambda: staged(jp.PP(microbatches=4), jp.PP(schedule="gpipe", microbatches=4)),
     (jp.PP, "microbatches"): lambda: staged(jp.PP(microbatches=4), jp.PP(microbatches=8)),
+    (jp.PP, "vocab"): lambda: ends_differ(jp.PP(microbatches=4), jp.PP(microbatches=4, vocab=["embed"])),
     (jp.PP, "chunks"): lambda: staged(jp.PP(microbatches=4), jp.PP(microbatches=4, chunks=2)),
     (jp.EP, "axis"): lambda: differs(jp.EP(), jp.EP(axis="e"), experts, other_mesh=mesh(e=8), dims=EXPERTS, expert=8),
     (jp.Capacity, "factor"): lambda: routed(jp.Capacity(factor=1.0)) > routed(jp.Capacity(factor=2.0)) > 0,

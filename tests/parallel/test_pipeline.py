@@ -133,7 +133,36 @@ def test_what_every_stage_computes_is_said(rows, is_whole):
     step.lower(plan.abstract(), texts_on(plan, rows))
     said = [note for note in step.notes if "each of 2 stages computes all" in note]
     assert len(said) == is_whole
-    assert all("1 rows on a replica" in note and "a multiple of 2 rows" in note for note in said)
+    assert all("1 row on a replica" in note and "a multiple of 2 rows" in note for note in said)
+
+
+def test_stages_split_the_vocabulary():
+    """Outside of what TP splits it over; then no stage computes the ends for another, however few rows there are."""
+    chosen = [jp.DP(), jp.FSDP(min_bytes=0), gpt.tensor_rules(GPT), jp.PP(microbatches=4, vocab="embed")]
+    plan = plan_on(chosen, fsdp=2, pipe=2, tensor=2)
+    record = plan.records["embed.embedding"]
+    assert (record.storage, record.compute) == (jax.P(("pipe", "tensor"), "fsdp"), jax.P(("pipe", "tensor")))
+    assert "On every stage: norm.scale." in "".join(plan.notes)
+    assert plan.dims["vocab"] == ("pipe", "tensor")
+    step = plan.jit(jp.value_and_grad(gpt.loss), donate=False)
+    value, _ = step(plan.init(), plan.batch(texts(8)))
+    single, _ = nnx.jit(jp.value_and_grad(gpt.loss))(make()(), texts(8))
+    assert not any("computes all" in note for note in step.notes)
+    assert float(value) == pytest.approx(float(single), rel=1e-6)  # gradients: contract/test_pipelines.py
+    logits = [each for each in collectives(step, plan.init(), plan.batch(texts(8))) if "pipe" in each.axes]
+    assert {each.kind for each in logits if each.kind != "collective-permute"} == {"all-reduce"}
+
+
+UNEVEN = """\
+embed.embedding: dim 0 has size 31, 31 on a device, but axis 'pipe' has size 2, and 2 does not divide 31. Use a \
+multiple of 2 (30 or 32 here), or another size of axis 'pipe', or leave this leaf out of PP's vocab."""
+
+
+@pytest.mark.parametrize(
+    ("vocab", "said"), [("embd", "PP: vocab: the pattern 'embd' matches none of 2 leaves. Did you"), ("embed", UNEVEN)]
+)
+def test_what_cannot_be_split_over_stages(vocab, said):
+    assert said in refused([jp.DP(), jp.PP(microbatches=4, vocab=vocab)], model=make(vocab_size=31), data=4, pipe=2)
 
 
 def test_a_call_without_a_derivative_sends_layers_to_all_stages():
