@@ -222,7 +222,7 @@ def is_torch_order(leaf: Leaf) -> bool:
     return leaf.name == "weight" and leaf.owner != ""
 
 
-def as_patterns(given: "str | Sequence[str]", owner: str) -> tuple[str, ...]:
+def as_patterns(given: str | Sequence[Any], owner: str) -> tuple[str, ...]:
     """Patterns as a tuple.
 
     Raises:
