@@ -3,12 +3,12 @@
 Only what a matrix unit does counts: matrix products, convolutions, and the products inside of attention kernels. That
 is the convention of published MFU figures, and elementwise work is bound by memory anyway.
 
-*Model FLOPs* leave out what rematerialisation computes again (operations under JAX's scope `rematted_computation`) and
-the scores that a backward attention kernel computes again. *Causal* ones count half of attention's products where the
-scores are masked by an order of positions: a square of (queries, keys) that a comparison `<`, `<=`, `>`, `>=` of two
-arrays selects from or is added to. A mask of other making (a table from the batch, `==` of segments) is taken as none.
-Grouped products (`ragged_dot`) count every row; of dropless experts those of tokens, in the mean over
-devices, and not the room in buffers.
+*Model FLOPs* leave out what rematerialisation computes again (operations under JAX's scope `rematted_computation`), the
+scores that a backward attention kernel computes again, and all but one of the devices that compute the same thing in a
+manual region. *Causal* ones count half of attention's products where the scores are masked by an order of positions: a
+square of (queries, keys) that a comparison `<`, `<=`, `>`, `>=` of two arrays selects from or is added to. A mask of
+other making (a table from the batch, `==` of segments) is taken as none. Grouped products (`ragged_dot`) count every row;
+of dropless experts those of tokens, in the mean over devices, and not the room in buffers.
 A flash kernel written with `jax.numpy` and `custom_vjp` counts the scores it computes again as the model's.
 """
 
@@ -18,6 +18,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from .._context import axes_at
 from .._hlo import work_of
 from .._hlo._flops import Work, attention, filled, num_taps
 from .._hlo._module import Module, _quoted, _walk
@@ -33,9 +34,9 @@ class Flops:
     """FLOPs of one step over all devices; a multiply and an add are two.
 
     Attributes:
-        model: What the mathematics needs: recomputation left out, causal attention in full.
+        model: What the mathematics needs: recomputation and copies left out, causal attention in full.
         model_causal: The same with what a causal mask throws away left out.
-        hardware: What the program computes, recomputation included.
+        hardware: What the program computes, these included.
         by_path: `(where in the model, hardware FLOPs)`, largest first; sums to `hardware`.
         by_dtype: `(dtype of the operands, hardware FLOPs)`.
         origin: `"jaxpr"`, or `"hlo"` where only a compiled program is known; then only attention kernels are known to
@@ -180,6 +181,7 @@ class _Counter:
 
     def __init__(self, shares: dict[str, float]) -> None:
         self.shares = shares  # of a pipeline's ticks, by the scope of what each stage does in them
+        self.needed = 1.0  # the part that is no copy of another device's
         self.products: list[_Product] = []
         self.notes: list[str] = []
 
@@ -212,22 +214,36 @@ class _Counter:
         if primitive == "pallas_call":
             self._kernel(eqn, name, times)
             return []
-        inner = [each for each in _inner(eqn) if len(each.invars) <= len(given)]
         if primitive == "shard_map":
-            times *= _num_manual(eqn)
+            return self._region(eqn, given, name, times)
+        inner = [each for each in _inner(eqn) if len(each.invars) <= len(given)]
         if inner:
             return self.run(inner[0], given[len(given) - len(inner[0].invars) :], f"{name}/{_scope_of(eqn)}", times)
         return self._elementwise(eqn, given)
+
+    def _region(self, eqn: Any, given: list[_Value], name: str, times: float) -> list[_Value]:
+        """Each device counts; of those that are given the same, along an axis that splits no argument, one is needed.
+
+        Axes that are manual already are counted by the region around this one, others are in the shapes inside.
+        """
+        sizes = {axis: eqn.params["mesh"].shape[axis] for axis in eqn.params["newly_manual_axes"]}
+        split = {axis for spec in eqn.params["in_specs"] for entry in spec for axis in axes_at(entry)}
+        before, body = self.needed, getattr(eqn.params["jaxpr"], "jaxpr", eqn.params["jaxpr"])
+        self.needed /= math.prod(size for axis, size in sizes.items() if axis not in split)
+        out = self.run(body, given, f"{name}/{_scope_of(eqn)}", times * math.prod(sizes.values()))
+        self.needed = before
+        return out
 
     def _note(self, note: str) -> None:
         if note not in self.notes:
             self.notes.append(note)
 
     def _product(self, eqn: Any, flops: float, given: list[_Value], name: str) -> list[_Value]:
-        made = _Product(name=name, dtype=str(eqn.invars[0].aval.dtype), flops=flops, full=flops, causal=flops)
+        full = flops * self.needed
+        made = _Product(name=name, dtype=str(eqn.invars[0].aval.dtype), flops=flops, full=full, causal=full)
         self.products.append(made)
         if any(value.masked for value in given):
-            made.causal = flops / 2
+            made.causal = full / 2
         scores = eqn.primitive.name == "dot_general" and _may_be_scores(eqn)
         return [_Value(products=(made,) if scores else ())]
 
@@ -265,7 +281,13 @@ class _Counter:
             inside.run(eqn.params["jaxpr"], [], name, float(grid))
             flops = full = causal = math.fsum(each.flops for each in inside.products)
         self.products.append(
-            _Product(name=name, dtype=dtype, flops=flops * times, full=full * times, causal=causal * times)
+            _Product(
+                name=name,
+                dtype=dtype,
+                flops=flops * times,
+                full=full * times * self.needed,
+                causal=causal * times * self.needed,
+            )
         )
 
     def _elementwise(self, eqn: Any, given: list[_Value]) -> list[_Value]:
@@ -308,12 +330,6 @@ def _scope_of(eqn: Any) -> str:
     if primitive in ("jit", "pjit"):
         return f"jit({eqn.params.get('name', '')})"
     return "checkpoint" if primitive in ("remat2", "checkpoint", "remat") else "closed_call"
-
-
-def _num_manual(eqn: Any) -> int:
-    mesh = eqn.params["mesh"]
-    manual = eqn.params["newly_manual_axes"]  # the others are in the shapes inside, or counted by a region around it
-    return math.prod(size for axis, size in mesh.shape.items() if axis in manual)
 
 
 def _shape(array: Any) -> Shape:

@@ -171,6 +171,13 @@ def test_a_manual_region_counts_every_device():
     assert found.model == UP
 
 
+def test_what_devices_compute_alike_is_needed_once():
+    mesh = jax.make_mesh((4, 2), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
+    region = jax.shard_map(lambda x, w: x @ w, mesh=mesh, in_specs=(P("data"), P()), out_specs=P("data"))
+    found = counted(region, ones(B, D), ones(D, F))
+    assert (found.model, found.hardware) == (UP, 2 * UP)
+
+
 def test_grouped_products():
     def f(x, w, sizes):
         return jax.lax.ragged_dot(x, w, sizes)
@@ -197,18 +204,18 @@ def on_one_device():
 
 
 def of_experts(axes):
-    rows = {name: np.zeros((64, 16), np.int32) for name in ("tokens", "labels", "positions")}
+    rows = {name: np.zeros((16, 16), np.int32) for name in ("tokens", "labels", "positions")}
     chosen = [*moe.strategies(EXPERTS), jp.CP(), jp.PP(microbatches=4)]
     make = lambda: moe.MoE(EXPERTS, rngs=nnx.Rngs(0))
     plan = jp.plan(make, programs.mesh(**axes), chosen, dims=list(moe.recipes.dims))
     step = plan.jit(jp.value_and_grad(moe.loss, has_aux=True))
-    made = subject(step, (plan.abstract(), rows | {"weights": np.ones((64, 16), np.float32)}), {}, None)
+    made = subject(step, (plan.abstract(), rows | {"weights": np.ones((16, 16), np.float32)}), {}, None)
     return count(jax.make_jaxpr(made.function)(*made.shapes), plan=plan)
 
 
 @pytest.mark.parametrize("axes", MESHES, ids=lambda axes: "-".join(f"{name}{size}" for name, size in axes.items()))
 def test_a_model_needs_as_much_on_every_mesh(axes, on_one_device):
-    """Regions over some of the axes, in one another too; buffers of dropless experts, sized for the worst; stages.
+    """Regions over some axes, and in one another; buffers for the worst; stages; copies, as of a head on each stage.
 
     But for the scores that blockwise attention, over `context`, computes again: 0.8% here.
     """
