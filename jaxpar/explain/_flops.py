@@ -7,8 +7,8 @@ is the convention of published MFU figures, and elementwise work is bound by mem
 scores that a backward attention kernel computes again, and all but one of the devices that compute the same thing in a
 manual region. *Causal* ones count half of attention's products where the scores are masked by an order of positions: a
 square of (queries, keys) that a comparison `<`, `<=`, `>`, `>=` of two arrays selects from or is added to. A mask of
-other making (a table from the batch, `==` of segments) is taken as none. Grouped products (`ragged_dot`) count every row;
-of dropless experts those of tokens, in the mean over devices, and not the room in buffers.
+other making (a table from the batch, `==` of segments) is taken as none. Grouped products (`ragged_dot`) count every
+row; of dropless experts those of tokens, in the mean over devices, and not the room in buffers.
 A flash kernel written with `jax.numpy` and `custom_vjp` counts the scores it computes again as the model's.
 """
 
