@@ -30,6 +30,10 @@ _AGAIN = ", which computes the block again"
 """As a plan's moves say it of weights."""
 
 
+_EACH_USE = "for each use of it"
+"""As a plan's moves say it of tables."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Match:
     """What a plan says of one collective.
@@ -128,7 +132,8 @@ class _Pool:
             if _role(other) == _role(want) and self._fits(other, each)
         ]
         runs = 1 if want.move.per_token else want.fits(each)
-        if each.depth > (want.record.layers and runs == 1) and _is_each_microbatch(self.plan, want.move):
+        is_in_a_scan = want.record.layers and want.move.times > 1 and runs == 1  # of one layer there is none
+        if each.depth > is_in_a_scan and _is_each_microbatch(self.plan, want.move):
             count = min(count, want.move.times)  # in a loop over microbatches too
         left = sum(other.left for other in alike)
         if count * runs > left:
@@ -143,7 +148,14 @@ class _Pool:
         """What is expected of a step though no leaf moves: sums of numbers, and the two ends of a split vocabulary."""
         if each.kind == "all-reduce" and math.prod(each.shape) <= _FEW_NUMBERS:
             return self._sums(each)
-        return self._between_stages(each) or self._attention(each) or self._vocabulary(each)
+        return self._between_stages(each) or self._attention(each) or self._vocabulary(each) or self._sizes(each)
+
+    def _sizes(self, each: Collective) -> str:
+        """What dropless experts say of their rows before these come."""
+        over = self.plan.dims.get("expert", ())
+        numbers = {record.shape[record.layers] for record in self.plan.parameters if set(over) & _axes(record)}
+        is_one = each.kind == "all-to-all" and each.axes == over and math.prod(each.shape) in numbers
+        return "how many rows each expert gets" if is_one else ""
 
     def _between_stages(self, each: Collective) -> str:
         """What a pipeline moves."""
@@ -196,7 +208,8 @@ def _wants(plan: Plan, record: Record) -> Iterator[_Want]:
     for move in plan.moves(record):
         dtype = record.compute_dtype if move.what in ("weight", "activation") else record.dtype
         elements = move.bytes // np.dtype(dtype).itemsize
-        yield _Want(record=record, move=move, elements=max(elements, 1), left=move.times)
+        uses = 2 if move.when.endswith(_EACH_USE) else 1  # a tied table has two
+        yield _Want(record=record, move=move, elements=max(elements, 1), left=move.times * uses)
         if move.per_token and record.remat and move.when.startswith("forward"):
             again = dataclasses.replace(move, when=move.when.replace("forward", "backward", 1) + _AGAIN)
             yield _Want(record=record, move=again, elements=max(elements, 1), left=move.times)
@@ -234,7 +247,7 @@ def _is_named(path: str, op_name: str) -> bool:
 
 
 def _is_each_microbatch(plan: Plan, move: Move) -> bool:
-    return move.what != "gradient" or (move.kind == "reduce-scatter" and set(move.axes) <= set(plan.shards))
+    return move.what != "gradient" or set(move.axes) <= set(plan.shards)
 
 
 def _names(op_name: str) -> list[str]:

@@ -14,6 +14,8 @@ from flax import nnx
 import jaxpar as jp
 from jaxpar import testing
 from jaxpar.explain._expected import expected
+from models import moe
+from models.moe import config
 from tests import _programs
 from tests._residual import BLOCKS, DEPTH, DIM, FIRST, HIDDEN, INPUTS, MATRIX, TOKENS, TP, make
 
@@ -318,6 +320,25 @@ def test_a_split_vocabulary_has_its_own_words(name):
     embedded = [one for one in found if one.depth == 0 and math.prod(one.shape) == local * _programs.D]
     assert embedded
     assert all("embedded rows" in words[one.name] for one in embedded)
+
+
+def test_experts_in_stages_have_their_own_words():
+    """Rows and how many there are of them by all-to-all; what is no expert's is summed over them each microbatch."""
+    small = {"embed_dim": 16, "mlp_dim": 32, "num_layers": 2, "num_heads": 2, "num_kv_heads": 2, "vocab_size": 40}
+    cfg = dataclasses.replace(config.TINY, **small, max_positions=8)
+    batch = {name: np.zeros((32, 8), np.int32) for name in ("tokens", "labels")}
+    batch["weights"] = np.ones((32, 8), np.float32)
+    chosen = [*moe.strategies(cfg), jp.PP(microbatches=2)]
+    factory = lambda: moe.MoE(cfg, rngs=nnx.Rngs(0))
+    plan = jp.plan(factory, jp.mesh(pipe=2, expert=4), chosen, dims=list(moe.recipes.dims))
+    found = testing.collectives(plan.jit(jp.value_and_grad(moe.loss, has_aux=True)), plan.init(), plan.batch(batch))
+    words = words_of(found, plan, num_tokens=32 * 8)
+    said = collections.defaultdict(set)
+    for one in found:
+        if one.axes == ("expert",):
+            said[one.kind].add(words[one.name].partition(",")[0])
+    assert said["all-to-all"] == {"activation", "how many rows each expert gets"}
+    assert said[REDUCE] <= {"gradient", LOSS}
 
 
 # By hand, without a compiler
