@@ -30,7 +30,7 @@ from ._constrain import layout
 from ._errors import ShardingError
 from ._grouped import grouped_dot
 from ._hlo._flops import FILLED
-from ._manual import manual
+from ._manual import manual, varying
 from ._planned import Traced
 from ._route import Routing
 from ._types import Axes
@@ -177,8 +177,8 @@ def _on_device(
     # Varying, matrices in float32, before anything is computed: so that gradients of matrices are summed in float32,
     # and those of tokens over the axes of hidden features once a token, not once a choice.
     others = tuple(axis for axis in (*at.batch, *at.seq) if axis not in at.expert)
-    matrices = tuple(_varying(each.astype(jnp.float32), others).astype(each.dtype) for each in matrices)
-    rows, weights = _varying(x, at.hidden), _varying(weights, at.hidden)
+    matrices = tuple(varying(each.astype(jnp.float32), others).astype(each.dtype) for each in matrices)
+    rows, weights = varying(x, at.hidden), varying(weights, at.hidden)
 
     def mlp(dot: Callable[[jax.Array, jax.Array], jax.Array], rows: jax.Array) -> jax.Array:
         made = dot(rows, matrices[0])
@@ -326,10 +326,6 @@ def _rows_where(wanted: jax.Array, rows: jax.Array) -> jax.Array:
 
 def _size(axes: Axes) -> int:
     return math.prod(map(lax.axis_size, axes))
-
-
-def _varying(x: jax.Array, axes: Axes) -> jax.Array:
-    return lax.pcast(x, axes, to="varying") if axes else x
 
 
 def _note(region: _context.Region, routing: Routing, dispatch: Capacity | Dropless, expert: Axes) -> None:

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from ._context import Region
-from ._types import PyTree
+from ._types import Axes, PyTree
 
 
 def manual(
@@ -82,4 +82,9 @@ def manual(
 def varying_like(x: jax.Array, like: jax.Array) -> jax.Array:
     """`x` as one that differs between devices where `like` does: loops, branches and cotangents want one type."""
     missing = jax.typeof(like).manual_axis_type.varying - jax.typeof(x).manual_axis_type.varying
-    return jax.lax.pcast(x, tuple(missing), to="varying") if missing else x
+    return varying(x, tuple(missing))
+
+
+def varying(x: jax.Array, axes: Axes) -> jax.Array:
+    """`x` as one that differs over `axes` too."""
+    return jax.lax.pcast(x, axes, to="varying") if axes else x

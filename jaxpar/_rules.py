@@ -54,6 +54,10 @@ def fold_layers(paths: Iterable[str]) -> list[str]:
     return [re.sub(r"(?<![^.])\d+(?![^.])", "*", path) for path in paths]
 
 
+FIELDS = ("storage", "compute", "gradient", "slots")
+"""The fields of a leaf, and of a record, that say where it lies."""
+
+
 @dataclasses.dataclass
 class Leaf:
     """One leaf while strategies work on it: which axes split each of its dims, in storage, in use and in its slots.
@@ -92,7 +96,7 @@ class Leaf:
 
     def __post_init__(self) -> None:
         self.alias = self.alias or self.path
-        for field in ("storage", "compute", "gradient", "slots"):
+        for field in FIELDS:
             setattr(self, field, [()] * len(self.shape))
 
     @property
@@ -115,7 +119,9 @@ class Leaf:
         """Bytes of the whole leaf."""
         return math.prod(self.shape) * self.itemsize
 
-    def split(self, dim: int, axis: str, *, by: str, why: str, where: Sequence[str], outermost: bool = False) -> None:
+    def split(
+        self, dim: int, axis: str, *, by: str, why: str, where: Sequence[str] = FIELDS, outermost: bool = False
+    ) -> None:
         """Split dim `dim` (counted after the layers) over `axis` in the fields named `where`, within what splits it."""
         for field in where:
             axes = getattr(self, field)

@@ -19,6 +19,7 @@ from . import _context
 from ._constrain import layout
 from ._copies import copied, copies_for
 from ._errors import ShardingError
+from ._manual import varying
 from ._types import Axes
 
 
@@ -154,8 +155,8 @@ def _loss_on_device(
     head = head.reshape(head.shape[len(copied) :])
     # Varying and in float32 *before* the loop: so that gradients add up over chunks in float32, and cross the axes
     # once, after the loop. Left implicit, both would happen inside of it.
-    head32 = _varying(head, tuple(axis for axis in tokens if axis not in copied)).astype(jnp.float32)  # D V/v
-    hidden = _varying(hidden, vocab).reshape(-1, head.shape[0])  # N D
+    head32 = varying(head, tuple(axis for axis in tokens if axis not in copied)).astype(jnp.float32)  # D V/v
+    hidden = varying(hidden, vocab).reshape(-1, head.shape[0])  # N D
     start = lax.axis_index(vocab) * head.shape[1] if vocab else 0
     log_sum, picked = _scores(hidden, head32, labels.reshape(-1) - start, chunk)  # N, N: of V/v logits
     if vocab:
@@ -190,10 +191,6 @@ def _scores(hidden: jax.Array, head: jax.Array, labels: jax.Array, chunk: int) -
     )
     _, (log_sum, picked) = lax.scan(lambda _, at: (None, one_chunk(head, *at)), None, chunks)
     return log_sum.reshape(-1)[:num_tokens], picked.reshape(-1)[:num_tokens]
-
-
-def _varying(x: jax.Array, axes: Axes) -> jax.Array:
-    return lax.pcast(x, axes, to="varying") if axes else x
 
 
 def _check_loss(hidden: jax.Array, head: jax.Array, labels: jax.Array, weights: jax.Array | None, chunk: int) -> None:

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ._text import Op, Program, Shape, arrays_in
+from ._text import Op, Program, Shape, arrays_in, quoted
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -95,16 +95,11 @@ _CALLS = {"fusion": ("calls",), "async-start": ("calls",), "call": ("to_apply",)
 
 
 def _filled(op: Op, work: Work | None) -> Work | None:
-    share = filled(_op_name(op))
+    share = filled(quoted("op_name", op))
     if work is None or share == 1.0:
         return work
     flops, full, causal = (each * share for each in (work.flops, work.full, work.causal))
     return dataclasses.replace(work, flops=flops, full=full, causal=causal)
-
-
-def _op_name(op: Op) -> str:
-    found = re.search(r'op_name="([^"]*)"', op.attributes)
-    return found.group(1) if found else ""
 
 
 def _operands(program: Program, op: Op) -> list[Shape]:
@@ -271,7 +266,7 @@ _LAYOUT_SEQ_MINOR = "2"
 
 def _pallas(program: Program, op: Op) -> Work:
     operands = _operands(program, op)
-    found = _attention(op, operands, f"{op.name}/{_op_name(op)}")
+    found = _attention(op, operands, f"{op.name}/{quoted('op_name', op)}")
     if found is not None:
         return found
     cost = _given_cost(op)

@@ -19,7 +19,7 @@ import numpy as np
 
 from . import _values as values
 from ._groups import MeshAxes, axes_behind, axes_of, axes_written, groups_of, pairs_of
-from ._text import Op, Program, Shape, arrays_in, parse, short_file
+from ._text import Op, Program, Shape, arrays_in, parse, quoted, short_file
 
 KINDS = (
     "all-reduce",
@@ -452,7 +452,7 @@ class _Reader:
         argument = ""  # the name of one, which a gather may have, tells nothing of the model
         while waiting and seen < 16 and not (op_name and source):
             near = waiting.pop(0)
-            name = _quoted("op_name", near)
+            name = quoted("op_name", near)
             argument = argument or name
             op_name = op_name or (name if "/" in name else "")
             source, seen = source or self._source(near), seen + 1
@@ -474,7 +474,7 @@ class _Reader:
         else:
             near = self._users_of_part(op, part)
         for each in near:
-            op_name = "" if each.opcode == "parameter" else _quoted("op_name", each)
+            op_name = "" if each.opcode == "parameter" else quoted("op_name", each)
             if op_name:
                 return op_name, self._source(each)
         return self.origin(op, visit.callers)
@@ -495,7 +495,7 @@ class _Reader:
             places = self.program.frames.get(int(frame.group(1)), ())
         else:
             line = re.search(r"source_line=(\d+)", op.attributes)
-            file = _quoted("source_file", op)
+            file = quoted("source_file", op)
             places = ((file, int(line.group(1)) if line else 0),) if file else ()
         own = [place for place in places if not _is_library(place[0])] or list(places)
         return f"{short_file(own[0][0])}:{own[0][1]}" if own else ""
@@ -506,11 +506,6 @@ _PACKAGE = str(pathlib.Path(__file__).resolve().parents[1]) + "/"
 
 def _is_library(file: str) -> bool:
     return "site-packages" in file or "dist-packages" in file or file.startswith((_PACKAGE, "<"))
-
-
-def _quoted(key: str, op: Op) -> str:
-    found = re.search(rf'\b{key}="((?:[^"\\]|\\.)*)"', op.attributes)
-    return found.group(1) if found else ""
 
 
 def _fused_phase(op: Op) -> str:

@@ -352,3 +352,9 @@ def short_file(path: str) -> str:
         if path.startswith(root):
             return prefix + path.removeprefix(root)
     return path
+
+
+def quoted(key: str, op: Op) -> str:
+    """An attribute in quotes, such as the `op_name` of the metadata; `""` if there is none."""
+    found = re.search(rf'\b{key}="((?:[^"\\]|\\.)*)"', op.attributes)
+    return found.group(1) if found else ""

@@ -21,8 +21,8 @@ from typing import Any
 from .._context import axes_at
 from .._hlo import work_of
 from .._hlo._flops import Work, attention, filled, num_taps
-from .._hlo._module import Module, _quoted, _walk
-from .._hlo._text import Shape
+from .._hlo._module import Module, _walk
+from .._hlo._text import Shape, quoted
 from .._plan import Plan
 from ._compiled import Compiled
 from ._paths import Paths
@@ -88,8 +88,8 @@ def from_hlo(module: Module, compiled: Compiled) -> Flops:
         if not work.known:
             notes[f"{visit.op.name}: a kernel of which nothing is known counts as none"] = None
         times = devices * (visit.count or 1)
-        name = _quoted("op_name", visit.op) or next(
-            (found for caller in reversed(visit.callers) if (found := _quoted("op_name", caller))), ""
+        name = quoted("op_name", visit.op) or next(
+            (found for caller in reversed(visit.callers) if (found := quoted("op_name", caller))), ""
         )
         products.append(
             _Product(

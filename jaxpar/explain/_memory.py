@@ -19,8 +19,8 @@ from collections.abc import Iterable, Sequence
 
 from .._hlo import HBM, HOST, VMEM
 from .._hlo._groups import MeshAxes
-from .._hlo._module import Module, _quoted, _Reader
-from .._hlo._text import Op, Program
+from .._hlo._module import Module, _Reader
+from .._hlo._text import Op, Program, quoted
 from ._compiled import Argument, Compiled, MemoryStats
 from ._liveness import Buffer, Liveness, liveness, moments_of
 from ._paths import Paths
@@ -270,7 +270,7 @@ class _Reasons:
         """What each parameter of the program is. JAX leaves unused ones out, but keeps the numbers in their names."""
         if len(arguments) == len(self.entry):
             return dict(enumerate(arguments))
-        numbered = {at: _NUMBERED.fullmatch(_quoted("op_name", op)) for at, op in self.entry.items()}
+        numbered = {at: _NUMBERED.fullmatch(quoted("op_name", op)) for at, op in self.entry.items()}
         found = {at: int(name.group(1)) for at, name in numbered.items() if name is not None}
         if len(found) < len(self.entry) or max(found.values(), default=0) >= len(arguments):
             return {}
@@ -281,7 +281,7 @@ class _Reasons:
             argument = self.arguments[number]
             return _KINDS.get(argument.kind, "model_state"), argument.path
         op = self.entry.get(number)
-        name = _quoted("op_name", op).replace("\\'", "'") if op is not None else ""
+        name = quoted("op_name", op).replace("\\'", "'") if op is not None else ""
         return _kind_by_name(name, donated=number in self.donated), ".".join(re.findall(r"\w+", name))
 
     def _dims_of_parameters(self) -> dict[tuple[int, ...], set[int]]:
@@ -309,20 +309,20 @@ class _Reasons:
     def _phase(self, op: Op) -> str:
         key = (op.computation, op.name)
         if key not in self.phases:
-            self.phases[key] = self.paths.of(_quoted("op_name", op)).phase
+            self.phases[key] = self.paths.of(quoted("op_name", op)).phase
         return self.phases[key]
 
     def _when(self, at: int, op: Op) -> str:
         """The phase of an operation that runs at `at`; what has none after gradients exist is the update."""
         phase = self._phase(op)
-        if not phase and self.first_backward is not None and at > self.first_backward and _quoted("op_name", op):
+        if not phase and self.first_backward is not None and at > self.first_backward and quoted("op_name", op):
             return "update"
         return phase
 
     def _maker(self, buffer: Buffer) -> Op:
         """The operation that says most of a buffer: not the one that only makes room for it or fills it with zeros."""
         makers = [op for _, op in buffer.makers]
-        telling = [op for op in makers if _quoted("op_name", op) and op.opcode not in _EMPTY]
+        telling = [op for op in makers if quoted("op_name", op) and op.opcode not in _EMPTY]
         return next(iter(telling or makers))
 
     def _reason(self, buffer: Buffer, maker: Op) -> tuple[str, str]:
@@ -354,7 +354,7 @@ class _Reasons:
     def _path(self, op: Op) -> str:
         """Where an operation is in the model; of one that only puts a value among others, where that value is."""
         value = self._stacked(op)
-        name = _quoted("op_name", value) if value is not None else ""
+        name = quoted("op_name", value) if value is not None else ""
         return self.paths.of(name or self.reader.origin(op)[0]).path
 
     def _stacked(self, op: Op) -> Op | None:

@@ -14,6 +14,8 @@ import functools as ft
 import re
 from collections.abc import Iterable
 
+from .._hlo._flops import FILLED
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Origin:
@@ -85,7 +87,7 @@ def _tails(leaves: Iterable[str]) -> dict[tuple[str, ...], str]:
 _STRUCTURE = re.compile(
     r"while|body|cond|closed_call|checkpoint|rematted_computation|remat2?|eval_jaxpr|core_call|shard_map|pjit|scan|"
     r"custom_[jv]+p_call(_jaxpr)?|custom_lin|linear_call|RngStream\.__call__|branch_\d+_fun|xla_call|pallas_call|main|update|vmap|jvp|transpose|call_exported|"
-    r"pipeline_(enters|forward|leaves|backward|done)|filled_\d+_of_\d+"
+    r"pipeline_(enters|forward|leaves|backward|done)|" + FILLED.format(r"\d+", r"\d+")
 )
 _WRAPPED = re.compile(r"([\w\-]*)\((.*)\)", re.DOTALL)
 _MERGED = re.compile(r"\([^(].*\)", re.DOTALL)

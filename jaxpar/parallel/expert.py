@@ -63,9 +63,8 @@ class EP(Strategy):
                     f"not divide {number}. {way_out(number, self.axis, size)}."
                 )
             else:
-                where = ("storage", "compute", "gradient", "slots")
                 leaf.role = role_of(names, [dim for dim, name in enumerate(names) if name == "mlp"])
-                leaf.split(0, self.axis, by=self.label, why="its dim 'expert'", where=where)
+                leaf.split(0, self.axis, by=self.label, why="its dim 'expert'")
         if not done:
             draft.problems.append(
                 f"{self.label} splits nothing: no leaf has a dim named 'expert'. Name it, in jp.plan or a recipe: "

@@ -143,7 +143,7 @@ class PP(Strategy):
         of = f"each of {self.num_chunks} chunks" if self.num_chunks > 1 else "the layers"
         why = f"{each} of {each * stages} on a stage, of {of}"
         for leaf in leaves:
-            leaf.split(-1, self.axis, by=self.label, why=why, where=("storage", "compute", "gradient", "slots"))
+            leaf.split(-1, self.axis, by=self.label, why=why)
         self._split_vocabulary(draft)
         draft.notes += self._notes(found, each, draft)
 
@@ -164,9 +164,7 @@ class PP(Strategy):
                     "of PP's vocab."
                 )
                 continue
-            why = f"vocab {pattern!r}"
-            where = ("storage", "compute", "gradient", "slots")
-            leaf.split(dim, self.axis, by=self.label, why=why, where=where, outermost=True)
+            leaf.split(dim, self.axis, by=self.label, why=f"vocab {pattern!r}", outermost=True)
         if self.vocab:
             draft.dims["vocab"] = (self.axis, *draft.dims.get("vocab", ()))
 

@@ -171,8 +171,7 @@ class TP(Strategy):
                 f"divide {number}. {way_out(number, self.axis, size)}, or leave this leaf out of TP's patterns.{shared}"
             )
             return 0
-        where = ("storage", "compute", "gradient", "slots")
-        leaf.split(dim, self.axis, by=self.label, why=why, where=where)
+        leaf.split(dim, self.axis, by=self.label, why=why)
         return 1
 
     def _heads_of(self, leaf: Leaf, size: int, draft: Draft) -> int | None:

@@ -32,6 +32,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from .._compat import exact_erf
 from .._errors import ShardingError, StepError
+from .._manual import varying
 from .._types import AnyMesh, Axes, PyTree
 from ._schedule import Schedule
 from ._stream import Form, independent
@@ -638,7 +639,7 @@ class Run:
 
         def one(leaf: Any) -> jax.Array:
             missing = tuple(axis for axis in self.manual if axis not in jax.typeof(leaf).manual_axis_type.varying)
-            return lax.pcast(leaf, missing, to="varying") if missing else leaf
+            return varying(leaf, missing)
 
         return jax.tree.map(one, tree)
 

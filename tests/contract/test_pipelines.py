@@ -83,10 +83,11 @@ MORE = {
     "tp": ({"tensor": 2}, [TP]),
     "dp-tp": ({"data": 2, "tensor": 2}, [jp.DP(), TP]),
     "fsdp-tp": ({"fsdp": 2, "tensor": 2}, [FSDP, TP]),
+    "fsdp-stages": ({"fsdp": 2}, [FSDP]),
     "fsdp-tp-stages": ({"fsdp": 2, "tensor": 2}, [FSDP, VOCAB]),
     "dp-fsdp-tp": ({"data": 2, "fsdp": 2, "tensor": 2}, [jp.DP(), FSDP, TP]),
 }
-SPLIT = ("zero1-stages", "fsdp-tp-stages")
+SPLIT = ("zero1-stages", "fsdp-stages", "fsdp-tp-stages")
 """In these the stages split the vocabulary."""
 
 FACTORS = (list(SCHEDULES), [1, 2, 4, 8], list(MICROBATCHES))

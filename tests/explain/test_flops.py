@@ -16,6 +16,7 @@ from jaxpar import _hardware, _hlo
 from jaxpar.explain._compiled import Compiled
 from jaxpar.explain._flops import count, from_hlo
 from jaxpar.explain._subject import subject
+from jaxpar.testing import MeshCase
 from models import moe
 from models.moe import config
 from tests import _programs as programs
@@ -189,12 +190,8 @@ EXPERTS = dataclasses.replace(
     config.TINY, embed_dim=32, mlp_dim=64, num_layers=2, num_heads=4, num_kv_heads=2, vocab_size=64, max_positions=16
 )
 MESHES = [
-    {"expert": 8},
-    {"data": 2, "expert": 2, "tensor": 2},
-    {"expert": 2, "context": 4},
-    {"data": 4, "pipe": 2},
-    {"pipe": 2, "tensor": 4},
-    {"pipe": 2, "expert": 4},
+    *(MeshCase(expert=8), MeshCase(data=2, expert=2, tensor=2), MeshCase(expert=2, context=4)),
+    *(MeshCase(data=4, pipe=2), MeshCase(pipe=2, tensor=4), MeshCase(pipe=2, expert=4)),
 ]
 
 
@@ -213,7 +210,7 @@ def of_experts(axes):
     return count(jax.make_jaxpr(made.function)(*made.shapes), plan=plan)
 
 
-@pytest.mark.parametrize("axes", MESHES, ids=lambda axes: "-".join(f"{name}{size}" for name, size in axes.items()))
+@pytest.mark.parametrize("axes", MESHES)
 def test_a_model_needs_as_much_on_every_mesh(axes, on_one_device):
     """Regions over some axes, and in one another; buffers for the worst; stages; copies, as of a head on each stage.
 
